@@ -1,0 +1,66 @@
+# Every target works on a bare machine with Python 3.11+: it makes .venv and installs pinned packages first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := train,sim,dev
+# A peer in parity tests and benchmarks; the project never imports it.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install system demo test check format lint types contracts wheel-test bench soak test-next constraints clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(READY)  ## Make .venv with pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) -e '.[$(EXTRAS)]'
+	@touch $(READY)
+
+system:  ## Install or name the system packages for rendering
+	@sh tools/system_packages.sh
+
+demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a picture
+	$(BIN)/python examples/tokenizer_demo.py --out out/demo
+
+test: $(READY) system  ## Run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(READY) format lint types contracts test wheel-test  ## Format, lint, types, import contracts, tests: what CI runs
+
+format: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check --output-format=concise .
+
+types: $(READY)
+	$(BIN)/pyright
+
+contracts: $(READY)
+	$(BIN)/lint-imports --no-cache
+
+wheel-test: $(READY)  ## Build the wheel and use it, and the editable install, from another folder
+	sh tools/wheel_test.sh $(abspath $(BIN)/python)
+
+bench: $(READY)  ## Speed against torch with the same layers, weights and threads
+	$(BIN)/python benchmarks/action_tokenizer.py
+
+soak: $(READY)  ## Long tests, among them training the tokenizer from scratch to its stated quality
+	$(BIN)/python -m pytest -q -m slow
+
+PYTHON_NEXT ?= python3.12
+test-next:  ## The fast suite on Python 3.12 and the newest jax
+	$(PYTHON_NEXT) -m venv .venv-next
+	.venv-next/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[$(EXTRAS)]'
+	.venv-next/bin/python -m pytest -q -m 'not slow and not torch_peer'
+
+constraints: $(READY)  ## Pin what is installed now
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | grep -vE '^(pip|setuptools)==' > constraints.txt
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) .venv-next build dist out runs

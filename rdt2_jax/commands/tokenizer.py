@@ -1,0 +1,211 @@
+"""`rdt2 tokenizer`: chunks to tokens, tokens to chunks, and whether a tokenizer fits a set of actions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rdt2_jax.cli import command_needs, json_option, print_json
+
+if TYPE_CHECKING:
+    from rdt2_jax.action_tokenizer.report import TokenizerReport
+
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder with config.json and model.safetensors.",
+)
+normalizer_option = click.option(
+    "--normalizer",
+    type=click.Path(path_type=Path),
+    help="Normalizer (.pt as published, .npz or .json); default: normalizer.npz inside the checkpoint, if there.",
+)
+batch_option = click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+
+
+@click.group()
+def tokenizer() -> None:
+    """Encode, decode, check and train the RVQ action tokenizer."""
+
+
+@tokenizer.command()
+@checkpoint_option
+@normalizer_option
+@click.option("--in", "source", type=click.Path(path_type=Path), required=True, help="Chunks (N, 24, 20), .npy.")
+@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="Tokens (N, 27) int16, .npy.")
+@batch_option
+@json_option
+@command_needs("the action tokenizer")
+def encode(
+    checkpoint: Path, normalizer: Path | None, source: Path, target: Path, batch_size: int, as_json: bool
+) -> None:
+    """Turn action chunks into tokens.
+
+    Without a normalizer the chunks are taken to be normalised already, as the published tokenizer wants them.
+    """
+    import numpy as np
+
+    from rdt2_jax.action_tokenizer import tokenizer as action_tokenizer
+    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
+    from rdt2_jax.action_tokenizer.report import check_chunks
+    from rdt2_jax.io.arrays import read_array, write_array
+
+    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    chunks = check_chunks(read_array(source), loaded.config, where=str(source), normalized=loaded.normalizer is None)
+
+    def encode_batch(batch: Any) -> Any:
+        return action_tokenizer.encode(loaded.params, loaded.config, loaded.normalize(batch))
+
+    tokens = _in_batches("encoding", chunks, batch_size, encode_batch).astype(np.int16)
+    write_array(target, tokens)
+    _report_written(target, tokens, loaded.normalizer is not None, as_json)
+
+
+@tokenizer.command()
+@checkpoint_option
+@normalizer_option
+@click.option("--in", "source", type=click.Path(path_type=Path), required=True, help="Tokens (N, 27), .npy.")
+@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="Chunks (N, 24, 20), .npy.")
+@batch_option
+@json_option
+@command_needs("the action tokenizer")
+def decode(
+    checkpoint: Path, normalizer: Path | None, source: Path, target: Path, batch_size: int, as_json: bool
+) -> None:
+    """Turn tokens back into action chunks (normalised ones, when there is no normalizer)."""
+    import numpy as np
+
+    from rdt2_jax.action_tokenizer import tokenizer as action_tokenizer
+    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
+    from rdt2_jax.io.arrays import read_array, write_array
+
+    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    tokens = action_tokenizer.check_tokens(read_array(source), loaded.config, where=str(source))
+
+    def decode_batch(batch: Any) -> Any:
+        return loaded.unnormalize(np.asarray(action_tokenizer.decode(loaded.params, loaded.config, batch)))
+
+    chunks = _in_batches("decoding", tokens, batch_size, decode_batch).astype(np.float32)
+    write_array(target, chunks)
+    _report_written(target, chunks, loaded.normalizer is not None, as_json)
+
+
+@tokenizer.command()
+@checkpoint_option
+@normalizer_option
+@click.option(
+    "--actions", type=click.Path(path_type=Path), required=True, help="Chunks (N, 24, 20) in metres, not normalised."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the picture here (.png).")
+@batch_option
+@json_option
+@command_needs("the tokenizer check")
+def check(
+    checkpoint: Path,
+    normalizer: Path | None,
+    actions: Path,
+    plot: Path | None,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Does this tokenizer fit these actions? Errors in mm and degrees, codebook use, bounds, rotation outliers.
+
+    Exits with status 1 when something is out of bounds or a rotation explodes.
+    """
+    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
+    from rdt2_jax.action_tokenizer.report import examine, reconstruct
+    from rdt2_jax.errors import DataError
+    from rdt2_jax.io.arrays import read_array
+    from rdt2_jax.progress import progress_bar
+
+    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    if loaded.normalizer is None:
+        raise DataError(
+            "no normalizer: errors in millimetres need one",
+            where=checkpoint,
+            fix="give --normalizer FILE (.pt, .npz or .json)",
+        )
+    chunks = read_array(actions)
+    with progress_bar("checking", len(chunks), "chunks") as advance:
+        reconstruction = reconstruct(
+            loaded.params,
+            loaded.config,
+            loaded.normalizer,
+            chunks,
+            batch_size=batch_size,
+            progress=advance,
+            where=str(actions),
+        )
+    report = examine(reconstruction, loaded.config, loaded.normalizer)
+    if plot is not None:
+        from rdt2_jax.action_tokenizer.plot import plot_report
+
+        plot_report(reconstruction, report, plot)
+    if as_json:
+        print_json(report.to_json() | {"plot": plot and str(plot), "fits": report.fits})
+    else:
+        print_report(report)
+    if not report.fits:
+        raise click.exceptions.Exit(1)
+
+
+def print_report(report: TokenizerReport) -> None:
+    """Prints a report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rdt2_jax.action_tokenizer.report import BOUND, OUTLIER_DEG, SMALL_ROTATION_DEG
+
+    console = Console()
+    errors = Table("", *next(iter(report.errors.values())), title=f"Reconstruction error, {report.num_chunks} chunks")
+    for unit, percentiles in report.errors.items():
+        errors.add_row(unit.replace("_", " "), *(f"{value:.2f}" for value in percentiles.values()))
+    console.print(errors)
+    codes = Table("group", "level", "codes used", "perplexity", title="Codebooks")
+    for group, levels in report.code_use.items():
+        for level, (use, perplexity) in enumerate(zip(levels, report.code_perplexity[group], strict=True)):
+            codes.add_row(group, str(level), f"{use:.1%}", f"{perplexity:.0f}")
+    console.print(codes)
+    for channel in report.ranges:
+        if channel.channel in report.out_of_range:
+            console.print(
+                f"channel {channel.channel} leaves +-{BOUND:g}: normalised to [{channel.low:.3f}, {channel.high:.3f}], "
+                f"{channel.outside:.2%} of its values outside. Is this the normalizer that the tokenizer was trained with?"
+            )
+    console.print(
+        f"{len(report.rotation_outliers)} rotation outliers (decoded more than {OUTLIER_DEG:g} deg off) "
+        f"among {report.small_rotations} arms that turn less than {SMALL_ROTATION_DEG:g} deg"
+    )
+    for outlier in report.rotation_outliers[:10]:
+        console.print(f"  {outlier}")
+
+
+def _in_batches(description: str, rows: Any, batch_size: int, function: Any) -> Any:
+    """Applies a compiled function to batches of one size: the last one is padded, so that nothing compiles twice."""
+    import numpy as np
+
+    from rdt2_jax.progress import progress_bar
+
+    batch_size = min(batch_size, len(rows))
+    results = []
+    with progress_bar(description, len(rows), "chunks") as advance:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+            results.append(np.asarray(function(padded))[: len(batch)])
+            advance(len(batch))
+    return np.concatenate(results)
+
+
+def _report_written(path: Path, array: Any, normalizer_used: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {"out": str(path), "shape": array.shape, "dtype": str(array.dtype), "normalizer_used": normalizer_used}
+        )
+        return
+    click.echo(f"wrote {path}: {array.dtype} {array.shape}")
+    if not normalizer_used:
+        click.echo("no normalizer given: chunks are in normalised units", err=True)

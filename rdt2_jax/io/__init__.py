@@ -1,0 +1,1 @@
+"""Files, read and written safely: atomic writes, `.npy` without unpickling, torch archives without torch. No jax."""

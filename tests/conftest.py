@@ -1,0 +1,57 @@
+"""Shared by all tests: eight CPU devices, the golden numbers, and one hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+# jax reads these when it starts. Eight devices make multi-device code run everywhere; on a busy machine eight threads
+# may take longer to meet in a collective than XLA's default allows before it aborts the process.
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could ask for eight CPU devices")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_timeout_seconds=600",
+    ]
+).strip()
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Derandomized, so that a failure is the same failure on every machine; no deadline, because machines differ.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Iterator[Callable[[str, str], Mapping[str, np.ndarray]]]:
+    """`golden(family, file)`: arrays that the public PyTorch code computed, by name, read when asked for."""
+    with ExitStack() as open_files:
+
+        def load(family: str, file: str) -> Mapping[str, np.ndarray]:
+            return open_files.enter_context(np.load(GOLDEN / family / file, allow_pickle=False))
+
+        yield load
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> list[Any]:
+    """Eight jax devices; their absence fails the test, so that no multi-device test is ever skipped unseen."""
+    import jax
+
+    devices = jax.devices()
+    if len(devices) < 8:
+        pytest.fail(f"8 devices are needed, found {len(devices)}: was jax started before tests/conftest.py ran?")
+    return devices[:8]

@@ -1,0 +1,1 @@
+"""Training: one file a stage, on any device mesh."""

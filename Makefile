@@ -39,7 +39,7 @@ lint: $(READY)
 	$(BIN)/ruff check --output-format=concise .
 
 types: $(READY)
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 contracts: $(READY)
 	$(BIN)/lint-imports --no-cache

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from peers.rvq_torch import ActionTokenizer
+from rdt2_data.synthetic import smooth_chunks
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 from timing import paired_ratio, take_turns
 
-from rdt2_data.synthetic import smooth_chunks
 from rdt2_jax.action_tokenizer.checkpoint import LoadedTokenizer, save_tokenizer
 from rdt2_jax.action_tokenizer.config import DOWNSAMPLING, ActionTokenizerConfig
 from rdt2_jax.action_tokenizer.tokenizer import decode, encode, param_specs
@@ -101,15 +101,7 @@ def compare(config: ActionTokenizerConfig, batches: list[int], seconds: float, m
         chunks = smooth_chunks(batch, seed=1)
         tokens = np.asarray(encode(params, config, chunks))
         must_agree(tokens, np.asarray(decode(params, config, tokens)), peer, chunks)
-        ours_in, torch_in = jnp.asarray(chunks), torch.from_numpy(chunks)
-        ours_tokens, torch_tokens = jnp.asarray(tokens), torch.from_numpy(tokens).long()
-        tasks = {
-            "encode": (lambda: encode(params, config, ours_in).block_until_ready(), lambda: peer.encode(torch_in)),
-            "decode": (
-                lambda: decode(params, config, ours_tokens).block_until_ready(),
-                lambda: peer.decode(torch_tokens),
-            ),
-        }
+        tasks = contestants(params, config, peer, chunks, tokens)
         for task, (ours, theirs) in tasks.items():
             timings = take_turns({"ours": ours, "torch": theirs}, min_seconds=seconds)
             rows.append(
@@ -125,6 +117,16 @@ def compare(config: ActionTokenizerConfig, batches: list[int], seconds: float, m
                 }
             )
     return rows
+
+
+def contestants(params, config: ActionTokenizerConfig, peer: ActionTokenizer, chunks: np.ndarray, tokens: np.ndarray):
+    """Task -> (ours, torch), each a function of no arguments."""
+    ours_in, torch_in = jnp.asarray(chunks), torch.from_numpy(chunks)
+    ours_tokens, torch_tokens = jnp.asarray(tokens), torch.from_numpy(tokens).long()
+    return {
+        "encode": (lambda: encode(params, config, ours_in).block_until_ready(), lambda: peer.encode(torch_in)),
+        "decode": (lambda: decode(params, config, ours_tokens).block_until_ready(), lambda: peer.decode(torch_tokens)),
+    }
 
 
 def must_agree(tokens: np.ndarray, decoded: np.ndarray, peer: ActionTokenizer, chunks: np.ndarray) -> None:

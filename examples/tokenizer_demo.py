@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-
 from rdt2_data.synthetic import smooth_chunks
+
 from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
 from rdt2_jax.action_tokenizer.plot import plot_report
 from rdt2_jax.action_tokenizer.report import examine, reconstruct

@@ -30,6 +30,8 @@ def progress_bar(description: str, total: int, unit: str = "") -> Iterator[Calla
         task = progress.add_task(description, total=total, status="")
 
         def advance(count: int = 1, status: str = "") -> None:
-            progress.update(task, advance=count, **({"status": status} if status else {}))
+            if status:
+                progress.update(task, status=status)
+            progress.advance(task, count)
 
         yield advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_timeout_seconds=600",
     ]
 ).strip()
+
+# Most of the time of these tests is compilation: what was compiled once on this kind of machine is kept.
+_CPU = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+_CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{hashlib.sha256(_CPU.encode()).hexdigest()[:12]}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 GROUP_CHANNELS = {
     "pos": [0, 1, 2, 10, 11, 12],
@@ -26,8 +26,8 @@ class Block(nn.Module):
             self.nin_shortcut = nn.Conv1d(channels_in, channels_out, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv2(functional.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -37,7 +37,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv1d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1)))
+        return self.conv(functional.pad(x, (0, 1)))
 
 
 class Upsample(nn.Module):
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.down_3(self.down_2(self.down_1(self.conv_in(x))))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(functional.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv1d(hidden, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(F.silu(self.norm_in(x)))
+        x = self.conv_in(functional.silu(self.norm_in(x)))
         return self.conv_out(self.up_3(self.up_2(self.up_1(x))))
 
 
@@ -101,8 +101,8 @@ class Quantizer(nn.Module):
         self.register_buffer("entry_hits", torch.zeros(restart_interval, codes, dtype=torch.int32))
 
     def forward(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = F.normalize(self.in_proj(residual), dim=-1)
-        index = (embedding @ F.normalize(self.codebook.weight, dim=-1).T).argmax(dim=-1)
+        embedding = functional.normalize(self.in_proj(residual), dim=-1)
+        index = (embedding @ functional.normalize(self.codebook.weight, dim=-1).T).argmax(dim=-1)
         return index, self.out_proj(self.codebook(index))
 
 

@@ -41,8 +41,9 @@ def smooth_chunks(
 ) -> np.ndarray:
     """Relative action chunks (count, chunk_length, 20) float32 cut at random times from smooth episodes.
 
-    Deterministic in `seed`; `progress` is called with the number of chunks done since the last call. Chunks are relative to the pose at their start, in the layout of
-    `rdt2_jax.actions.layout`; widths are in policy units.
+    Deterministic in `seed`. Chunks are relative to the pose at their start, in the layout of
+    `rdt2_jax.actions.layout`; widths are in policy units. `progress` is called with the number of chunks done since
+    the last call.
 
     Raises:
         DataError: `count` is not positive.

@@ -9,6 +9,7 @@ encoder is another token.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def encoder_specs(config: ActionTokenizerConfig, channels: int) -> Encoder:
                 resample=_conv_specs(wide, wide),
                 block_2=_block_specs(wide, wide),
             )
-            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+            for narrow, wide in pairwise(widths)
         ),
         norm_out=_norm_specs(widths[-1]),
         conv_out=_conv_specs(widths[-1], config.latent_size),
@@ -105,7 +106,7 @@ def decoder_specs(config: ActionTokenizerConfig, channels: int) -> Decoder:
                 resample=_conv_specs(wide, wide),
                 block_2=_block_specs(wide, narrow),
             )
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True)
+            for wide, narrow in pairwise(widths)
         ),
         conv_out=_conv_specs(widths[-1], channels),
     )

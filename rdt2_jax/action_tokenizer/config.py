@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -46,6 +46,8 @@ class ActionTokenizerConfig(FrozenConfig):
         codebook_cost: weight of the reported codebook loss; it has no gradient, codebooks move by EMA.
         ema_decay: decay of the codebooks' exponential moving averages.
         ema_epsilon: Laplace smoothing of the cluster sizes.
+        rotation_loss: "geodesic" is the published one, the angle itself; "chordal" is its square to first order, which
+            leaves no plateau where only some axes are learnt (see docs/tokenizer.md). Matters in training alone.
     """
 
     hidden_size: PositiveInt
@@ -59,6 +61,7 @@ class ActionTokenizerConfig(FrozenConfig):
     codebook_cost: float = 0.0
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
     ema_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    rotation_loss: Literal["geodesic", "chordal"] = "geodesic"
 
     @model_validator(mode="after")
     def _whole_latents(self) -> ActionTokenizerConfig:
@@ -164,7 +167,9 @@ class _PublishedConfig(FrozenConfig):
         return {k: v for k, v in values.items() if k not in _IGNORED_KEYS} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _published_channels(self) -> _PublishedConfig:
+    def _published_shape(self) -> _PublishedConfig:
+        if self.action_horizon % DOWNSAMPLING:
+            raise ValueError(f"action_horizon must be a multiple of {DOWNSAMPLING}, found {self.action_horizon}")
         found = self.input_dim.pos + self.input_dim.rot + self.input_dim.grip
         if self.input_dim != _PublishedInputDim():
             raise ValueError(f"input_dim must be the published split of {ACTION_DIM} channels, found {found}")

@@ -118,6 +118,24 @@ def quantize(projections: Projections, codes: jax.Array, latents: jax.Array) -> 
     return _quantize_levels(projections, codes, latents, choose)[0]
 
 
+def pass_through(projections: Projections, latents: jax.Array) -> Quantized:
+    """What `quantize` would give with a code at every point: the projections alone, and nothing to commit to.
+
+    Training may begin with it, so that encoder and projections carry every channel before codes are drawn from them.
+    The indices are zeros.
+    """
+    levels = projections.in_bias.shape[0]
+
+    def level(carry, projection):
+        residual, quantized = carry
+        output = project_out(projection, project_in(projection, residual))
+        return (residual - output, quantized + output), None
+
+    (_, quantized), _ = jax.lax.scan(level, (latents, jnp.zeros_like(latents)), projections)
+    indices = jnp.zeros((*latents.shape[:-1], levels), jnp.int32)
+    return Quantized(quantized, indices, jnp.zeros((), latents.dtype))
+
+
 def dequantize(projections: Projections, codes: jax.Array, indices: jax.Array) -> jax.Array:
     """Indices (..., levels) -> the latents they stand for (..., latent)."""
 
@@ -205,13 +223,13 @@ def quantize_and_update(
 def _quantize_levels(
     projections: Projections, level_states: PyTree, latents: jax.Array, choose: Callable[..., tuple]
 ) -> tuple[Quantized, PyTree]:
-    """Scans the levels. `choose(level_state, vectors) -> (indices, codes, new_level_state)` sees no gradients."""
+    """Scans the levels; `choose(level_state, vectors) -> (indices, codes, new_level_state)` sees no gradients."""
 
     def level(carry, stacked):
         residual, quantized, commitment = carry
         projection, state = stacked
         embedding = project_in(projection, residual)
-        index, code, state = choose(state, jax.lax.stop_gradient(embedding))
+        index, code, state = jax.lax.stop_gradient(choose(state, jax.lax.stop_gradient(embedding)))
         commitment += jnp.mean(jnp.square(embedding - code))
         output = project_out(projection, embedding + jax.lax.stop_gradient(code - embedding))
         return (residual - output, quantized + output, commitment), (index, state)

@@ -50,7 +50,8 @@ class RotationOutlier:
     error_deg: float
 
     def __str__(self) -> str:
-        return f"chunk {self.chunk}, {self.arm} arm: turns {self.true_angle_deg:.2f} deg, decoded {self.error_deg:.2f} deg off"
+        what = f"turns {self.true_angle_deg:.2f} deg, decoded {self.error_deg:.2f} deg off"
+        return f"chunk {self.chunk}, {self.arm} arm: {what}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class TokenizerReport:
 
     Attributes:
         num_chunks: chunks examined.
-        errors: per unit ("position_mm", "rotation_deg", "width_mm"): percentiles over frames and arms, by "p50" ...
+        errors: per unit ("position_mm", "rotation_deg", "width_mm") and arm ("both", "right", "left"): percentiles over
+            frames, by "p50" ... An arm of its own, because a codec can carry one arm and forget the other.
         code_use: per group and level: fraction of codes that occur.
         code_perplexity: per group and level: exp of the entropy of code frequencies.
         ranges: normalised range of each position and width channel.
@@ -79,7 +81,7 @@ class TokenizerReport:
     """
 
     num_chunks: int
-    errors: dict[str, dict[str, float]]
+    errors: dict[str, dict[str, dict[str, float]]]
     code_use: dict[str, list[float]]
     code_perplexity: dict[str, list[float]]
     ranges: list[ChannelRange]
@@ -155,9 +157,8 @@ def examine(
     return TokenizerReport(
         num_chunks=len(reconstruction.actions),
         errors={
-            "position_mm": _percentiles(reconstruction.position_mm),
-            "rotation_deg": _percentiles(reconstruction.rotation_deg),
-            "width_mm": _percentiles(reconstruction.width_mm),
+            unit: _percentiles_by_arm(getattr(reconstruction, unit))
+            for unit in ("position_mm", "rotation_deg", "width_mm")
         },
         code_use=use,
         code_perplexity=perplexity,
@@ -168,8 +169,10 @@ def examine(
     )
 
 
-def check_chunks(actions: np.ndarray, config: ActionTokenizerConfig, where: str = "actions") -> np.ndarray:
-    """Chunks from outside, as float32 (chunks, frames, 20).
+def check_chunks(
+    actions: np.ndarray, config: ActionTokenizerConfig, where: str = "actions", *, normalized: bool = False
+) -> np.ndarray:
+    """Chunks from outside, as float32 (chunks, frames, 20); `normalized` ones need not hold rotations.
 
     Raises:
         DataError: empty, wrong shape or type, NaN, degenerate rotations; names the first offender.
@@ -178,7 +181,7 @@ def check_chunks(actions: np.ndarray, config: ActionTokenizerConfig, where: str 
     shape = np.shape(actions)
     if len(shape) != 3 or shape[1:] != (config.chunk_length, ACTION_DIM) or shape[0] == 0:
         raise DataError("not an array of action chunks", where=where, expected=expected, found=str(shape))
-    return check_actions(actions, where=where)
+    return check_actions(actions, where=where, normalized=normalized)
 
 
 def arm_errors(decoded: np.ndarray, actions: np.ndarray, arm: ArmName) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -190,8 +193,15 @@ def arm_errors(decoded: np.ndarray, actions: np.ndarray, arm: ArmName) -> tuple[
     return position, rotation, width
 
 
-def _percentiles(errors: np.ndarray) -> dict[str, float]:
-    return {f"p{p:g}": float(value) for p, value in zip(PERCENTILES, np.percentile(errors, PERCENTILES), strict=True)}
+def _percentiles_by_arm(errors: np.ndarray) -> dict[str, dict[str, float]]:
+    """Errors (chunks, frames, arms)."""
+
+    def percentiles(values: np.ndarray) -> dict[str, float]:
+        found = np.percentile(values, PERCENTILES)
+        return {f"p{p:g}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
+
+    arms = {arm: percentiles(errors[..., index]) for index, arm in enumerate(ARM_NAMES)}
+    return {"both": percentiles(errors), **arms}
 
 
 def _code_use(
@@ -225,6 +235,8 @@ def _rotation_outliers(reconstruction: Reconstruction) -> tuple[list[RotationOut
         error = reconstruction.rotation_deg[..., index].max(axis=1)
         small = turned <= SMALL_ROTATION_DEG
         population += int(small.sum())
-        for chunk in np.flatnonzero(small & (error > OUTLIER_DEG)):
-            outliers.append(RotationOutlier(int(chunk), arm, float(turned[chunk]), float(error[chunk])))
+        outliers += [
+            RotationOutlier(int(chunk), arm, float(turned[chunk]), float(error[chunk]))
+            for chunk in np.flatnonzero(small & (error > OUTLIER_DEG))
+        ]
     return sorted(outliers, key=lambda outlier: -outlier.error_deg), population

@@ -7,6 +7,7 @@ run through the latent steps, and at each step through the levels; the sequence 
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -114,20 +115,25 @@ def merge_groups(groups: dict[GroupName, jax.Array]) -> jax.Array:
     return jnp.concatenate([groups[group] for group in GROUP_NAMES], axis=-1)[..., order]
 
 
-def reconstruction_loss(group: GroupName, reconstruction: jax.Array, target: jax.Array) -> jax.Array:
+def reconstruction_loss(
+    group: GroupName,
+    reconstruction: jax.Array,
+    target: jax.Array,
+    rotation_loss: Literal["geodesic", "chordal"] = "geodesic",
+) -> jax.Array:
     """Loss of one group's channels (..., channels), both normalised.
 
     Positions and widths: mean squared error. Rotations: mean over both arms of the geodesic angle in units of pi
-    (published form, see `geodesic_angle_as_published`), each rot6d orthonormalised first; so the normalizer has to
-    leave rotations as they are.
+    (published form, see `geodesic_angle_as_published`), or of half the squared Frobenius distance, 4 sin^2(angle / 2).
+    Each rot6d is orthonormalised first; so the normalizer has to leave rotations as they are.
     """
     if group != "rot":
         return jnp.mean(jnp.square(reconstruction - target))
     arms = (*reconstruction.shape[:-1], 2, 6)
-    angle = geodesic_angle_as_published(
-        rot6d_to_matrix(reconstruction.reshape(arms)), rot6d_to_matrix(target.reshape(arms))
-    )
-    return jnp.mean(angle) / jnp.pi
+    ours, theirs = rot6d_to_matrix(reconstruction.reshape(arms)), rot6d_to_matrix(target.reshape(arms))
+    if rotation_loss == "chordal":
+        return jnp.mean(jnp.sum(jnp.square(ours - theirs), axis=(-2, -1))) / 2
+    return jnp.mean(geodesic_angle_as_published(ours, theirs)) / jnp.pi
 
 
 def check_tokens(tokens: np.ndarray, config: ActionTokenizerConfig, where: str = "tokens") -> np.ndarray:

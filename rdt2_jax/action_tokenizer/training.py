@@ -7,6 +7,8 @@ all-reduces, and every device ends the step with the same codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +17,15 @@ from flax import struct
 
 from rdt2_jax.action_tokenizer.codec import decode_latents, encode_latents
 from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig
-from rdt2_jax.action_tokenizer.quantizer import Codebook, Draw, Quantized, draw, quantize, quantize_and_update
+from rdt2_jax.action_tokenizer.quantizer import (
+    Codebook,
+    Draw,
+    Quantized,
+    draw,
+    pass_through,
+    quantize,
+    quantize_and_update,
+)
 from rdt2_jax.action_tokenizer.tokenizer import (
     ActionTokenizerParams,
     Network,
@@ -72,27 +82,32 @@ def init_state(params: ActionTokenizerParams, optimizer: Optimizer) -> TrainStat
 
 
 def standardize(params: ActionTokenizerParams, mean: jax.Array, std: jax.Array) -> ActionTokenizerParams:
-    """Initial parameters that see and produce standardised channels, without another layer.
+    """Initial parameters that see and produce centred channels of unit variance, without another layer.
 
     Rotation channels are near-constant ones and zeros with a small signal on top, which a freshly drawn encoder
     cannot tell apart and whose quantizer then collapses. So the first convolution is made to act on
-    (x - mean) / std, and the last one to give std * y + mean, by changing their kernels and biases.
+    (x - mean) / spread, and the last one to give spread * y + mean, by changing their kernels and biases. The spread is
+    the root mean square of a group's standard deviations: one number per group, because the ones on a rotation's
+    diagonal move with the square of the angle and must not be blown up.
 
     Args:
         params: freshly initialised.
-        mean, std: (20,) of the normalised training chunks; std must be positive.
+        mean, std: (20,) of the normalised training chunks, not all zero inside a group.
     """
     networks = {}
     for group, network in params.networks.items():
         channels = jnp.asarray(GROUP_CHANNELS[group])
+        spread = jnp.sqrt(jnp.mean(jnp.square(std[channels])))
         first, last = network.encoder.conv_in, network.decoder.conv_out
-        kernel = first.kernel / std[channels][:, None]
-        first = first.replace(kernel=kernel, bias=first.bias - jnp.einsum("wio,i->o", kernel, mean[channels]))
-        last = last.replace(kernel=last.kernel * std[channels], bias=last.bias * std[channels] + mean[channels])
-        networks[group] = network.replace(
-            encoder=network.encoder.replace(conv_in=first), decoder=network.decoder.replace(conv_out=last)
+        kernel = first.kernel / spread
+        first = replace(first, kernel=kernel, bias=first.bias - jnp.einsum("wio,i->o", kernel, mean[channels]))
+        last = replace(last, kernel=last.kernel * spread, bias=last.bias * spread + mean[channels])
+        networks[group] = replace(
+            network,
+            encoder=replace(network.encoder, conv_in=first),
+            decoder=replace(network.decoder, conv_out=last),
         )
-    return params.replace(networks=networks)
+    return replace(params, networks=networks)
 
 
 def draw_choices(key: jax.Array, config: ActionTokenizerConfig, batch_size: int) -> dict[GroupName, Draw]:
@@ -130,14 +145,20 @@ def loss_and_codebooks(
     config: ActionTokenizerConfig,
     actions: jax.Array,
     choices: dict[GroupName, Draw],
+    *,
+    continuous: bool = False,
 ) -> tuple[jax.Array, tuple[dict[GroupName, GroupOutput], dict[GroupName, Codebook]]]:
     """The training loss, computed while the codebooks move; differentiate with respect to `networks`.
+
+    With `continuous`, no codes are used and no codebook moves.
 
     Returns:
         scalar loss, and (outputs, updated codebooks) by group.
     """
 
     def quantizer(group: GroupName, latents: jax.Array) -> tuple[Quantized, Codebook]:
+        if continuous:
+            return pass_through(networks[group].projections, latents), codebooks[group]
         return quantize_and_update(networks[group].projections, codebooks[group], latents, choices[group], config)
 
     return _loss(networks, config, actions, quantizer)
@@ -149,6 +170,8 @@ def train_step(
     choices: dict[GroupName, Draw],
     config: ActionTokenizerConfig,
     optimizer: Optimizer,
+    *,
+    continuous: bool = False,
 ) -> tuple[TrainState, dict[GroupName, GroupOutput]]:
     """One step: networks by the optimizer, codebooks by their averages.
 
@@ -158,8 +181,10 @@ def train_step(
         state: from `init_state` or the previous step.
         actions: normalised chunks, the global batch (batch, frames, 20).
         choices: from `draw_choices`.
+        continuous: leave the codes out, as a warm-up (see `quantizer.pass_through`); codebooks stay untouched, and the
+            first step with codes initialises them from its batch.
     """
-    gradient = jax.grad(loss_and_codebooks, has_aux=True)
+    gradient = jax.grad(partial(loss_and_codebooks, continuous=continuous), has_aux=True)
     networks = state.params.networks
     gradients, (outputs, codebooks) = gradient(networks, state.params.codebooks, config, actions, choices)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, networks)
@@ -179,7 +204,7 @@ def _loss(
         target = group_channels(actions, group)
         quantized, states[group] = quantizer(group, encode_latents(networks[group].encoder, target))
         decoded = decode_latents(networks[group].decoder, quantized.latents)
-        reconstruction = reconstruction_loss(group, decoded, target)
+        reconstruction = reconstruction_loss(group, decoded, target, config.rotation_loss)
         quantization = config.commitment_cost * quantized.commitment + config.codebook_cost * jax.lax.stop_gradient(
             quantized.commitment
         )

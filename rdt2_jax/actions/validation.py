@@ -29,6 +29,7 @@ def check_actions(
     where: object = None,
     chunk_length: int | None = None,
     width_range: tuple[float, float] | None = None,
+    normalized: bool = False,
 ) -> np.ndarray:
     """Checks action frames and returns them as float32 on the host.
 
@@ -39,6 +40,8 @@ def check_actions(
         chunk_length: when given, the shape must be (..., chunk_length, 20).
         width_range: when given, both gripper widths must lie in [low, high], in the units of the array;
             (0, 0.088) is the range of the policy frame.
+        normalized: the frames went through a normalizer, which may have scaled the rotation channels: these need
+            only be finite then.
 
     Raises:
         DataError: wrong shape or type, NaN or infinity, a rot6d without two independent columns, or a width
@@ -53,7 +56,8 @@ def check_actions(
         converted = values.astype(np.float32)
     _require_none(~np.isfinite(converted), converted, f"{name} must be finite", where, "finite numbers")
     for arm in ARM_NAMES:
-        _check_rot6d(converted[..., arm_slice(arm)][..., ROT6D], f"{name}: rotation of the {arm} arm", where)
+        if not normalized:
+            _check_rot6d(converted[..., arm_slice(arm)][..., ROT6D], f"{name}: rotation of the {arm} arm", where)
         if width_range is not None:
             low, high = width_range
             width = converted[..., arm_slice(arm)][..., WIDTH][..., 0]

@@ -160,9 +160,11 @@ def print_report(report: TokenizerReport) -> None:
     from rdt2_jax.action_tokenizer.report import BOUND, OUTLIER_DEG, SMALL_ROTATION_DEG
 
     console = Console()
-    errors = Table("", *next(iter(report.errors.values())), title=f"Reconstruction error, {report.num_chunks} chunks")
-    for unit, percentiles in report.errors.items():
-        errors.add_row(unit.replace("_", " "), *(f"{value:.2f}" for value in percentiles.values()))
+    errors = Table("", "arm", *report.errors["position_mm"]["both"], title=f"Error over {report.num_chunks} chunks")
+    for unit, arms in report.errors.items():
+        for arm, percentiles in arms.items():
+            label = unit.replace("_", " ") if arm == "both" else ""
+            errors.add_row(label, arm, *(f"{value:.2f}" for value in percentiles.values()))
     console.print(errors)
     codes = Table("group", "level", "codes used", "perplexity", title="Codebooks")
     for group, levels in report.code_use.items():
@@ -173,7 +175,7 @@ def print_report(report: TokenizerReport) -> None:
         if channel.channel in report.out_of_range:
             console.print(
                 f"channel {channel.channel} leaves +-{BOUND:g}: normalised to [{channel.low:.3f}, {channel.high:.3f}], "
-                f"{channel.outside:.2%} of its values outside. Is this the normalizer that the tokenizer was trained with?"
+                f"{channel.outside:.2%} of its values outside; was the tokenizer trained with this normalizer?"
             )
     console.print(
         f"{len(report.rotation_outliers)} rotation outliers (decoded more than {OUTLIER_DEG:g} deg off) "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from rdt2_data.synthetic import MAX_ROTATION_SPEED_RAD_S, MAX_SPEED_M_S, smooth_arm_motion, smooth_chunks
+
 from rdt2_jax.actions.layout import ACTION_RATE_HZ, ARM_NAMES, MAX_POLICY_WIDTH, POSITION, ROT6D, WIDTH, arm_slice
 from rdt2_jax.actions.rotations import geodesic_angle, rot6d_to_matrix
 from rdt2_jax.errors import DataError

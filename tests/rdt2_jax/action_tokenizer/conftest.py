@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from rdt2_jax.action_tokenizer.checkpoint import LoadedTokenizer, load_tokenizer
-from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig, Levels, write_published_config
+from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig, Levels
 from rdt2_jax.action_tokenizer.tokenizer import ActionTokenizerParams, param_specs
-from rdt2_jax.params import initialize
+from rdt2_jax.params import from_named_leaves, initialize, named_leaves
+from rdt2_jax.weights.action_tokenizer import ACTION_TOKENIZER
+from rdt2_jax.weights.table import bind
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -70,7 +74,7 @@ def small_config() -> ActionTokenizerConfig:
         hidden_size=8,
         latent_size=16,
         embedding_dim=4,
-        num_codes=32,
+        num_codes=128,
         levels=Levels(pos=3, rot=2, grip=1),
         restart_interval=2,
     )
@@ -78,9 +82,7 @@ def small_config() -> ActionTokenizerConfig:
 
 @pytest.fixture(scope="session")
 def small_params(small_config) -> ActionTokenizerParams:
-    import jax
-
-    return initialize(param_specs(small_config), jax.random.key(3))
+    return jax.jit(lambda key: initialize(param_specs(small_config), key))(jax.random.key(3))
 
 
 @pytest.fixture(scope="session")
@@ -100,14 +102,30 @@ def published_folder(tmp_path, small_config, small_params) -> Path:
 
 
 @pytest.fixture(scope="session")
-def first_init_grip(golden, tiny):
-    """The recorded first training step of a fresh width VQ-VAE: (config, network, codebook, record)."""
-    from rdt2_jax.weights.action_tokenizer import tokenizer_table
+def published_slots(tiny) -> dict[str, tuple[Any, tuple[int, ...], str]]:
+    """Published name -> (op, index in the stacked leaf, leaf), from the project's weight table."""
+    plan = bind(ACTION_TOKENIZER, param_specs(tiny.config))
+    return {
+        name: (binding.op, slot.index, binding.leaf)
+        for binding in plan.bindings
+        for slot in binding.slots
+        for name in slot.names
+    }
 
+
+@pytest.fixture(scope="session")
+def first_init_grip(golden, tiny, published_slots):
+    """The recorded first training step of a fresh width VQ-VAE: (config, network, codebook, record)."""
     record = golden("rvq_tiny", "train_first_init_grip.npz")
-    network = tiny.params.networks["grip"]
-    table_names = {row.source: row for row in tokenizer_table(tiny.config).rows}
-    del table_names
+    leaves = {name: np.array(leaf) for name, leaf in named_leaves(tiny.params).items()}
+    filled = 0
+    for name in record:
+        if name.startswith("init_state:"):
+            op, index, leaf = published_slots["grip_vqvae." + name.removeprefix("init_state:")]
+            leaves[leaf][index] = op.apply(record[name])
+            filled += 1
+    assert filled > 50
+    network = from_named_leaves(tiny.params, {n: jnp.asarray(v) for n, v in leaves.items()}).networks["grip"]
     codebook = tiny.params.codebooks["grip"].replace(
         codes=jnp.asarray(record["before/grip/0/weight"])[None],
         ema_sum=jnp.asarray(record["before/grip/0/ema_w"])[None],

@@ -70,7 +70,15 @@ def test_large_rotations_decoded_badly_are_errors_not_outliers(perfect, small_co
     decoded[3, :, 3:9] = matrix_to_rot6d(rotvec_to_matrix(np.radians([0, 50.0, 0])))
     report = examine(with_errors(dataclasses.replace(perfect, actions=actions), decoded), small_config, normalizer)
     assert report.rotation_outliers == []
-    assert report.errors["rotation_deg"]["p100"] == pytest.approx(10.0, abs=0.01)
+    assert report.errors["rotation_deg"]["right"]["p100"] == pytest.approx(10.0, abs=0.01)
+
+
+def test_a_forgotten_arm_shows(perfect, small_config, normalizer):
+    decoded = perfect.actions.copy()
+    decoded[..., arm_slice("left")][..., ROT6D] = matrix_to_rot6d(np.eye(3))
+    rotation = examine(with_errors(perfect, decoded), small_config, normalizer).errors["rotation_deg"]
+    assert rotation["right"]["p50"] == pytest.approx(0.0, abs=1e-3)
+    assert rotation["left"]["p50"] > 1.0
 
 
 def test_statistics_out_of_bounds(perfect, small_config, normalizer):
@@ -86,7 +94,7 @@ def test_code_use(perfect, small_config, normalizer):
     tokens = np.zeros_like(perfect.tokens)
     tokens[0, 0] = 5  # level 0 of the positions sees two codes
     report = examine(dataclasses.replace(perfect, tokens=tokens), small_config, normalizer)
-    assert report.code_use["pos"] == [2 / 32, 1 / 32, 1 / 32]
+    assert report.code_use["pos"] == [2 / 128, 1 / 128, 1 / 128]
     assert report.code_perplexity["grip"] == [pytest.approx(1.0)]
 
 
@@ -111,5 +119,5 @@ def test_empty_and_nan_chunks(small_config, small_params, normalizer, chunks):
         reconstruct(small_params, small_config, normalizer, chunks[:0])
     broken = chunks.copy()
     broken[2, 3, 4] = np.nan
-    with pytest.raises(DataError, match="chunks.npy"):
+    with pytest.raises(DataError, match=r"chunks\.npy"):
         reconstruct(small_params, small_config, normalizer, broken, where="chunks.npy")

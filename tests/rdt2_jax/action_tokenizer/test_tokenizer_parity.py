@@ -68,18 +68,18 @@ class TestTiny:
             np.testing.assert_allclose(ours, tiny_io[f"fwd_{group}_loss_{theirs}"], rtol=LOSS_RTOL, atol=1e-6)
 
     @pytest.mark.parametrize("group", GROUP_NAMES)
-    def test_gradients(self, tiny, tiny_io, tiny_table_names, group):
+    def test_gradients(self, tiny, tiny_io, published_slots, group):
         def total(networks):
             return loss(tiny.params.replace(networks=networks), tiny.config, tiny_io["x"])[0]
 
         gradients = named_leaves(jax.jit(jax.grad(total))(tiny.params.networks))
         checked = 0
-        for name in tiny_io.files:
+        for name in tiny_io:
             if not name.startswith(f"grad_{group}:"):
                 continue
-            leaf, level, to_published = tiny_table_names(f"{group}_vqvae." + name.split(":")[1])
-            ours = gradients[leaf] if level is None else gradients[leaf][level]
-            ours, theirs = np.asarray(to_published(np.asarray(ours))), tiny_io[name]
+            op, index, leaf = published_slots[f"{group}_vqvae." + name.split(":")[1]]
+            ours = op.invert(np.asarray(gradients[leaf.removeprefix("networks.")])[index])
+            theirs = tiny_io[name]
             assert np.max(np.abs(ours - theirs)) <= GRADIENT_TOLERANCE[group] * np.max(np.abs(theirs)), name
             checked += 1
         assert checked >= 10
@@ -186,7 +186,7 @@ def recorded_draw(record, prefix, before, levels):
     for level in range(levels):
         dead = np.flatnonzero(np.asarray(before.hits[level]).sum(axis=0) == 0)
         alive = np.flatnonzero(np.asarray(before.hits[level]).sum(axis=0) != 0)
-        if f"{prefix}/{level}/randperm1" in record.files:
+        if f"{prefix}/{level}/randperm1" in record:
             dead = dead[record[f"{prefix}/{level}/randperm1"]]
         vector_order.append(record[f"{prefix}/{level}/randperm0"])
         code_order.append(np.concatenate([dead, alive]))

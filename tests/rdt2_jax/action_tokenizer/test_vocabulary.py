@@ -1,4 +1,4 @@
-"""Token <-> id mapping and reading generations, against tests/golden/utils; recorded defects are pinned as corrected."""
+"""Token <-> id mapping and reading generations, against tests/golden/utils; defects are pinned as corrected."""
 
 from __future__ import annotations
 

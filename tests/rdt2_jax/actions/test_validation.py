@@ -175,3 +175,13 @@ def test_the_last_row_of_a_pose_is_checked() -> None:
         check_poses(np.eye(3))
     with pytest.raises(DataError, match="rotations must be numbers"):
         check_rotations(np.zeros((3, 3), "U4"))
+
+
+def test_normalized_actions_need_only_be_finite():
+    scaled = np.zeros((2, 24, 20), np.float32)
+    np.testing.assert_array_equal(check_actions(scaled, normalized=True), scaled)
+    with pytest.raises(DataError, match="without direction"):
+        check_actions(scaled)
+    scaled[1, 2, 3] = np.nan
+    with pytest.raises(DataError, match="finite"):
+        check_actions(scaled, normalized=True)

@@ -13,7 +13,7 @@ from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig, read_publish
 from rdt2_jax.action_tokenizer.tokenizer import ActionTokenizerParams, param_specs
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.weights.action_tokenizer import ACTION_TOKENIZER
-from rdt2_jax.weights.loader import export, load
+from rdt2_jax.weights.loader import Progress, export, load
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,19 +37,22 @@ class LoadedTokenizer:
         return actions if self.normalizer is None else self.normalizer.unnormalize(actions)
 
 
-def load_tokenizer(folder: str | Path, normalizer: str | Path | None = None) -> LoadedTokenizer:
+def load_tokenizer(
+    folder: str | Path, normalizer: str | Path | None = None, progress: Progress | None = None
+) -> LoadedTokenizer:
     """Reads a checkpoint folder, published or ours.
 
     Args:
         folder: has config.json and model.safetensors.
         normalizer: file for `LinearNormalizer.load`; None takes `normalizer.npz` of the folder, if it is there.
+        progress: called as (leaf, bytes done, bytes in all) while weights are read.
 
     Raises:
         CheckpointError, ConfigError: missing or damaged files, unknown keys, tensors that do not fit the configuration.
     """
     folder = Path(folder)
     config = read_published_config(folder / CONFIG_FILE)
-    params, _ = load(ACTION_TOKENIZER, param_specs(config), folder / WEIGHTS_FILE)
+    params, _ = load(ACTION_TOKENIZER, param_specs(config), folder / WEIGHTS_FILE, progress=progress)
     if normalizer is None and (folder / NORMALIZER_FILE).is_file():
         normalizer = folder / NORMALIZER_FILE
     return LoadedTokenizer(config, params, None if normalizer is None else LinearNormalizer.load(normalizer))

@@ -265,11 +265,14 @@ def _start_codes(
     restarted = served & restart_due
     codes = jnp.where(restarted[:, None], offered[jnp.minimum(turn, num_vectors - 1)], level.codes)
 
-    initial = offered[jnp.arange(num_codes) % num_vectors]
+    # A first batch smaller than the codebook starts as many codes as it has vectors. Giving a vector to two codes would
+    # leave the choice between them to rounding; the others wait, dead, for the first restart.
+    fills = (jnp.arange(num_codes) < num_vectors)[:, None]
+    initial = jnp.where(fills, offered[jnp.arange(num_codes) % num_vectors], 0.0)
     started = _LevelCodebook(
-        codes=jnp.where(first, initial, codes),
+        codes=jnp.where(first, jnp.where(fills, initial, level.codes), codes),
         ema_sum=jnp.where(first, initial, level.ema_sum),
-        ema_count=jnp.where(first, jnp.ones_like(level.ema_count), level.ema_count),
+        ema_count=jnp.where(first, fills[:, 0].astype(level.ema_count.dtype), level.ema_count),
         hits=level.hits,
     )
     return started, restarted

@@ -56,12 +56,23 @@ class RotationOutlier:
 
 @dataclass(frozen=True)
 class ChannelRange:
-    """Normalised extremes of one channel and the fraction of values beyond the bound."""
+    """Normalised extremes of one channel, of these chunks and of the statistics inside the normalizer.
+
+    `outside` is the fraction of the chunks' values beyond the bound.
+    """
 
     channel: int
     low: float
     high: float
     outside: float
+    statistics_low: float
+    statistics_high: float
+
+    @property
+    def fits(self) -> bool:
+        """Neither the values nor the normalizer's own statistics leave the bound."""
+        extreme = max(abs(self.statistics_low), abs(self.statistics_high))
+        return self.outside == 0 and extreme <= BOUND + BOUND_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class TokenizerReport:
         code_use: per group and level: fraction of codes that occur.
         code_perplexity: per group and level: exp of the entropy of code frequencies.
         ranges: normalised range of each position and width channel.
-        out_of_range: channels with values beyond the codec's bounds.
+        out_of_range: channels whose values, or whose statistics in the normalizer, leave the codec's bounds.
         rotation_outliers: worst first.
         small_rotations: arms with small rotations, the population that outliers come from.
     """
@@ -151,7 +162,7 @@ def examine(
     reconstruction: Reconstruction, config: ActionTokenizerConfig, normalizer: LinearNormalizer
 ) -> TokenizerReport:
     """Summarises a reconstruction."""
-    ranges = _channel_ranges(normalizer.normalize(reconstruction.actions))
+    ranges = _channel_ranges(reconstruction.actions, normalizer)
     outliers, small = _rotation_outliers(reconstruction)
     use, perplexity = _code_use(reconstruction.tokens, config)
     return TokenizerReport(
@@ -163,7 +174,7 @@ def examine(
         code_use=use,
         code_perplexity=perplexity,
         ranges=ranges,
-        out_of_range=[r.channel for r in ranges if r.outside > 0],
+        out_of_range=[r.channel for r in ranges if not r.fits],
         rotation_outliers=outliers,
         small_rotations=small,
     )
@@ -218,12 +229,25 @@ def _code_use(
     return use, perplexity
 
 
-def _channel_ranges(normalized: np.ndarray) -> list[ChannelRange]:
+def _channel_ranges(actions: np.ndarray, normalizer: LinearNormalizer) -> list[ChannelRange]:
+    normalized = normalizer.normalize(actions)
+    statistics = normalizer.field("action").input_stats
+    # A normalizer may hold one set of statistics, or one for each frame.
+    extremes = np.stack([normalizer.normalize(statistics.min), normalizer.normalize(statistics.max)])
+    extremes = extremes.reshape(-1, ACTION_DIM)
     ranges = []
     for channel in sorted(GROUP_CHANNELS["pos"] + GROUP_CHANNELS["grip"]):
         values = normalized[..., channel]
-        outside = float(np.mean(np.abs(values) > BOUND + BOUND_TOLERANCE))
-        ranges.append(ChannelRange(channel, float(values.min()), float(values.max()), outside))
+        ranges.append(
+            ChannelRange(
+                channel=channel,
+                low=float(values.min()),
+                high=float(values.max()),
+                outside=float(np.mean(np.abs(values) > BOUND + BOUND_TOLERANCE)),
+                statistics_low=float(extremes[:, channel].min()),
+                statistics_high=float(extremes[:, channel].max()),
+            )
+        )
     return ranges
 
 

@@ -120,6 +120,7 @@ def draw_choices(key: jax.Array, config: ActionTokenizerConfig, batch_size: int)
     }
 
 
+@partial(jax.jit, static_argnames="config")
 def loss(
     params: ActionTokenizerParams, config: ActionTokenizerConfig, actions: jax.Array
 ) -> tuple[jax.Array, dict[GroupName, GroupOutput]]:
@@ -139,6 +140,7 @@ def loss(
     return total, outputs
 
 
+@partial(jax.jit, static_argnames=("config", "continuous"))
 def loss_and_codebooks(
     networks: dict[GroupName, Network],
     codebooks: dict[GroupName, Codebook],
@@ -164,6 +166,7 @@ def loss_and_codebooks(
     return _loss(networks, config, actions, quantizer)
 
 
+@partial(jax.jit, static_argnames=("config", "optimizer", "continuous"))
 def train_step(
     state: TrainState,
     actions: jax.Array,
@@ -175,7 +178,7 @@ def train_step(
 ) -> tuple[TrainState, dict[GroupName, GroupOutput]]:
     """One step: networks by the optimizer, codebooks by their averages.
 
-    Pure; jit it with `config` and `optimizer` static (donating `state` saves a copy).
+    Pure and compiled; inside another jit that donates `state`, no second copy of it is held.
 
     Args:
         state: from `init_state` or the previous step.

@@ -10,6 +10,7 @@ import click
 from rdt2_jax.cli import command_needs, json_option, print_json
 
 if TYPE_CHECKING:
+    from rdt2_jax.action_tokenizer.checkpoint import LoadedTokenizer
     from rdt2_jax.action_tokenizer.report import TokenizerReport
 
 checkpoint_option = click.option(
@@ -49,11 +50,10 @@ def encode(
     import numpy as np
 
     from rdt2_jax.action_tokenizer import tokenizer as action_tokenizer
-    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
     from rdt2_jax.action_tokenizer.report import check_chunks
     from rdt2_jax.io.arrays import read_array, write_array
 
-    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    loaded = _load(checkpoint, normalizer)
     chunks = check_chunks(read_array(source), loaded.config, where=str(source), normalized=loaded.normalizer is None)
 
     def encode_batch(batch: Any) -> Any:
@@ -79,10 +79,9 @@ def decode(
     import numpy as np
 
     from rdt2_jax.action_tokenizer import tokenizer as action_tokenizer
-    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
     from rdt2_jax.io.arrays import read_array, write_array
 
-    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    loaded = _load(checkpoint, normalizer)
     tokens = action_tokenizer.check_tokens(read_array(source), loaded.config, where=str(source))
 
     def decode_batch(batch: Any) -> Any:
@@ -115,13 +114,12 @@ def check(
 
     Exits with status 1 when something is out of bounds or a rotation explodes.
     """
-    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
     from rdt2_jax.action_tokenizer.report import examine, reconstruct
     from rdt2_jax.errors import DataError
     from rdt2_jax.io.arrays import read_array
     from rdt2_jax.progress import progress_bar
 
-    loaded = load_tokenizer(checkpoint, normalizer=normalizer)
+    loaded = _load(checkpoint, normalizer)
     if loaded.normalizer is None:
         raise DataError(
             "no normalizer: errors in millimetres need one",
@@ -172,10 +170,12 @@ def print_report(report: TokenizerReport) -> None:
             codes.add_row(group, str(level), f"{use:.1%}", f"{perplexity:.0f}")
     console.print(codes)
     for channel in report.ranges:
-        if channel.channel in report.out_of_range:
+        if not channel.fits:
             console.print(
-                f"channel {channel.channel} leaves +-{BOUND:g}: normalised to [{channel.low:.3f}, {channel.high:.3f}], "
-                f"{channel.outside:.2%} of its values outside; was the tokenizer trained with this normalizer?"
+                f"channel {channel.channel} leaves +-{BOUND:g}: these chunks [{channel.low:.3f}, {channel.high:.3f}] "
+                f"with {channel.outside:.2%} of values outside, the normalizer's statistics "
+                f"[{channel.statistics_low:.3f}, {channel.statistics_high:.3f}]; "
+                "was the tokenizer trained with this normalizer?"
             )
     console.print(
         f"{len(report.rotation_outliers)} rotation outliers (decoded more than {OUTLIER_DEG:g} deg off) "
@@ -183,6 +183,22 @@ def print_report(report: TokenizerReport) -> None:
     )
     for outlier in report.rotation_outliers[:10]:
         console.print(f"  {outlier}")
+
+
+def _load(checkpoint: Path, normalizer: Path | None) -> LoadedTokenizer:
+    from rdt2_jax.action_tokenizer.checkpoint import WEIGHTS_FILE, load_tokenizer
+    from rdt2_jax.progress import progress_bar
+
+    weights = checkpoint / WEIGHTS_FILE
+    done = 0
+    with progress_bar("loading", weights.stat().st_size >> 20 if weights.is_file() else 0, "MiB") as advance:
+
+        def progress(_: str, read_bytes: int, __: int) -> None:
+            nonlocal done
+            advance((read_bytes >> 20) - done)
+            done = read_bytes >> 20
+
+        return load_tokenizer(checkpoint, normalizer=normalizer, progress=progress)
 
 
 def _in_batches(description: str, rows: Any, batch_size: int, function: Any) -> Any:

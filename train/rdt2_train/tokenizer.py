@@ -203,7 +203,7 @@ class _Trainer:
     def run(self, state: TrainState, checkpoints: Checkpoints, log: Path) -> TrainState:
         config, first = self.config, int(state.step)
         with progress_bar("training the tokenizer", config.steps, "steps") as advance, log.open("a") as log_file:
-            advance(first)
+            advance(first, status="compiling")
             started = time.monotonic()
             for step, batch in zip(range(first, config.steps), self._batches(first), strict=False):
                 take_step = self.continuous_step if step < config.continuous_steps else self.step

@@ -90,6 +90,19 @@ def test_statistics_out_of_bounds(perfect, small_config, normalizer):
     assert next(r for r in report.ranges if r.channel == 2).outside > 0.01
 
 
+def test_a_normalizer_that_is_not_the_codecs(perfect, small_config, normalizer):
+    """Its own statistics leave the bounds, even where these chunks happen to stay inside."""
+    field = normalizer.field("action")
+    scale = field.scale.copy()
+    scale[10] *= 2.0
+    other = LinearNormalizer({"action": dataclasses.replace(field, scale=scale)})
+    still = perfect.actions.copy()
+    still[..., 10] = 0.0
+    report = examine(dataclasses.replace(perfect, actions=still), small_config, other)
+    assert report.out_of_range == [10]
+    assert next(r for r in report.ranges if r.channel == 10).outside == 0
+
+
 def test_code_use(perfect, small_config, normalizer):
     tokens = np.zeros_like(perfect.tokens)
     tokens[0, 0] = 5  # level 0 of the positions sees two codes

@@ -52,7 +52,7 @@ class TestTiny:
 
     @pytest.mark.parametrize("group", GROUP_NAMES)
     def test_training_losses_with_fixed_codes(self, tiny, tiny_io, group):
-        _, outputs = jax.jit(loss, static_argnames="config")(tiny.params, tiny.config, tiny_io["x"])
+        _, outputs = loss(tiny.params, tiny.config, tiny_io["x"])
         output = outputs[group]
         indices = np.asarray(output.indices).reshape(-1, tiny.config.num_levels(group))
         np.testing.assert_array_equal(indices, tiny_io[f"fwd_{group}_indices"])
@@ -99,7 +99,7 @@ class TestCodebookUpdates:
     def test_three_steps_of_moving_averages(self, tiny, golden):
         record = golden("rvq_tiny", "train_ema.npz")
         codebooks = tiny.params.codebooks
-        update = jax.jit(loss_and_codebooks, static_argnames="config")
+        update = loss_and_codebooks
         for step in range(3):
             x = record[f"step{step}/x"]
             choices = {g: any_draw(tiny.config, g, len(x)) for g in GROUP_NAMES}

@@ -23,9 +23,9 @@ from rdt2_jax.errors import DataError
 from rdt2_jax.params import count_parameters
 from rdt2_jax.sharding import batch_sharding, make_mesh, replicated
 
-# by its own size: where it is zero up to rounding, the last bit of a sum over devices decides the sign.
-# by its own size: where it is zero up to rounding, the last bit of a sum over devices decides the update.
-OPTIMIZER = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9)))
+# Linear in the gradients, so that equal parameters mean equal gradients. AdamW's first steps divide a gradient by its
+# own size: where that is zero up to rounding, the last bit of a sum over devices would decide the sign of the update.
+OPTIMIZER = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02, momentum=0.9)))
 BATCH = 32
 
 
@@ -41,25 +41,42 @@ def step(small_config):
     return step
 
 
-def test_eight_devices_equal_one(eight_devices, step, small_config, small_params, chunks):
-    """Every kind of step from the same state: first batch, plain, restart (the interval is 2), plain."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 1e-5)])
+def test_eight_devices_equal_one(eight_devices, step, small_params, chunks, dtype, tolerance):
+    """Every kind of step from the same state: first batch, plain, restart (the interval is 2), plain.
+
+    In double precision equality is far below the tolerance; in single precision a convolution over four chunks sums
+    in another order than one over thirty-two, and fourteen layers later that shows in the sixth digit.
+    """
     mesh = make_mesh({"data": 8}, devices=eight_devices)
-    state = init_state(small_params, OPTIMIZER)
-    for index in range(4):
-        batch = np.roll(chunks, 7 * index, axis=0)[:BATCH]
-        on_eight = jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
-        eight, eight_outputs = step(*on_eight)
-        state, outputs = step(state, batch)
-        chex.assert_trees_all_close(jax.device_get(eight.params), state.params, rtol=0, atol=1e-6)
-        for group in GROUP_NAMES:
-            np.testing.assert_array_equal(eight_outputs[group].indices, outputs[group].indices)
-            np.testing.assert_array_equal(eight.params.codebooks[group].hits, state.params.codebooks[group].hits)
-            ours, theirs = eight_outputs[group].losses, outputs[group].losses
-            chex.assert_trees_all_close(jax.device_get(ours), theirs, rtol=1e-6, atol=1e-7)
-            copies = [np.asarray(shard.data) for shard in eight.params.codebooks[group].codes.addressable_shards]
-            assert len(copies) == 8
-            for copy in copies[1:]:
-                np.testing.assert_array_equal(copy, copies[0])
+    with jax.enable_x64(dtype == jnp.float64):
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, small_params)
+        state = init_state(params, OPTIMIZER)
+        for index in range(4):
+            batch = jnp.asarray(np.roll(chunks, 7 * index, axis=0)[:BATCH], dtype)
+            eight, outputs_of_eight = step(
+                jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
+            )
+            state, outputs = step(state, batch)
+            assert state.params.networks["pos"].encoder.conv_in.kernel.dtype == dtype
+            compare_steps(eight, outputs_of_eight, state, outputs, tolerance)
+
+
+def is_float(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def compare_steps(eight, outputs_of_eight, one, outputs, tolerance):
+    chex.assert_trees_all_close(jax.device_get(eight.params), jax.device_get(one.params), rtol=0, atol=tolerance)
+    for group in GROUP_NAMES:
+        np.testing.assert_array_equal(outputs_of_eight[group].indices, outputs[group].indices)
+        np.testing.assert_array_equal(eight.params.codebooks[group].hits, one.params.codebooks[group].hits)
+        ours, theirs = (jax.device_get(o[group].losses) for o in (outputs_of_eight, outputs))
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        copies = [np.asarray(shard.data) for shard in eight.params.codebooks[group].codes.addressable_shards]
+        assert len(copies) == 8
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])
 
 
 def test_loss_falls_and_codes_come_alive(step, small_config, small_params, chunks):

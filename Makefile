@@ -28,7 +28,7 @@ demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a p
 	$(BIN)/python examples/tokenizer_demo.py --out out/demo
 
 test: $(READY) system  ## Run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
 
 check: $(READY) format lint types contracts test wheel-test  ## Format, lint, types, import contracts, tests: what CI runs
 
@@ -53,8 +53,11 @@ bench: $(READY)  ## Speed against torch with the same layers, weights and thread
 soak: $(READY)  ## Long tests, among them training the tokenizer from scratch to its stated quality
 	$(BIN)/python -m pytest -q -m slow
 
-PYTHON_NEXT ?= python3.12
+# The first Python 3.12 or newer that runs: on the path, or installed by pyenv.
+PYTHON_NEXT ?= $(shell for p in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 test-next:  ## The fast suite on Python 3.12 and the newest jax
+	@test -n "$(PYTHON_NEXT)" || { echo "no Python 3.12 found: make test-next PYTHON_NEXT=/path/to/python3.12"; exit 1; }
 	$(PYTHON_NEXT) -m venv .venv-next
 	.venv-next/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[$(EXTRAS)]'
 	.venv-next/bin/python -m pytest -q -m 'not slow and not torch_peer'

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rdt2_data.synthetic import smooth_chunks
 
 from rdt2_jax.action_tokenizer.tokenizer import encode
 from rdt2_jax.action_tokenizer.training import (
@@ -42,18 +43,23 @@ def step(small_config):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 1e-5)])
-def test_eight_devices_equal_one(eight_devices, step, small_params, chunks, dtype, tolerance):
+def test_eight_devices_equal_one(eight_devices, step, small_params, dtype, tolerance):
     """Every kind of step from the same state: first batch, plain, restart (the interval is 2), plain.
 
     In double precision equality is far below the tolerance; in single precision a convolution over four chunks sums
-    in another order than one over thirty-two, and fourteen layers later that shows in the sixth digit.
+    in another order than one over thirty-two, and fourteen layers later that shows in the sixth digit. The networks are
+    standardised as in training, and no two chunks are alike: equal vectors (arms and grippers at rest) become equal
+    codes, and rounding would choose between them.
     """
+    chunks = smooth_chunks(4 * BATCH, seed=6)
+    chunks += np.random.default_rng(0).normal(scale=0.01, size=chunks.shape)
+    small_params = standardize(small_params, jnp.asarray(chunks.mean((0, 1))), jnp.asarray(chunks.std((0, 1))))
     mesh = make_mesh({"data": 8}, devices=eight_devices)
     with jax.enable_x64(dtype == jnp.float64):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, small_params)
         state = init_state(params, OPTIMIZER)
         for index in range(4):
-            batch = jnp.asarray(np.roll(chunks, 7 * index, axis=0)[:BATCH], dtype)
+            batch = jnp.asarray(chunks[index * BATCH :][:BATCH], dtype)
             eight, outputs_of_eight = step(
                 jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
             )
@@ -67,7 +73,8 @@ def is_float(leaf):
 
 
 def compare_steps(eight, outputs_of_eight, one, outputs, tolerance):
-    chex.assert_trees_all_close(jax.device_get(eight.params), jax.device_get(one.params), rtol=0, atol=tolerance)
+    ours, theirs = jax.device_get(eight.params), jax.device_get(one.params)
+    chex.assert_trees_all_close(ours, theirs, rtol=tolerance, atol=tolerance)
     for group in GROUP_NAMES:
         np.testing.assert_array_equal(outputs_of_eight[group].indices, outputs[group].indices)
         np.testing.assert_array_equal(eight.params.codebooks[group].hits, one.params.codebooks[group].hits)

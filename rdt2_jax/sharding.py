@@ -283,12 +283,13 @@ def _choose_layout(
 ) -> tuple[MeshAxes, ...]:
     """The first of a parameter's choices that divides; problems and fallbacks are appended to."""
     reasons: list[str] = []
+    whole_everywhere: tuple[MeshAxes, ...] = ((),) * len(spec.shape)  # stands in while more problems are collected
     for axes in (spec.axes, *spec.fallbacks):
         layout = _resolve(axes, rules, mesh, where=name)
         collision = _collision(axes, layout)
         if collision:
             problems.add(f"{name} {spec.shape}: {collision}")
-            return layout
+            return whole_everywhere
         indivisible = _indivisible(spec.shape, layout, mesh)
         if not indivisible:
             if reasons:
@@ -298,7 +299,7 @@ def _choose_layout(
         if indivisible not in reasons:
             reasons.append(indivisible)
     problems.add(f"{name} {spec.shape}, axes {spec.axes}: {'; '.join(reasons)}")
-    return ((),) * len(spec.shape)
+    return whole_everywhere
 
 
 def _resolve(axes: LogicalAxes, rules: ShardingRules, mesh: Mesh, where: str | None = None) -> tuple[MeshAxes, ...]:

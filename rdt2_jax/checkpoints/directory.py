@@ -9,11 +9,14 @@ the target first, and every difference is listed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,11 @@ _RESERVED_ITEMS = (METADATA_ITEM, "metrics")
 _FORMAT = "rdt2-jax checkpoint 1"
 
 # What Orbax, tensorstore and json raise on missing, truncated or garbled files.
-_READ_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_READ_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
+
+
+# What Orbax and tensorstore raise on a full disk, a lost folder or a refused permission.
+_WRITE_FAILURES = (OSError, ValueError)
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -66,7 +73,8 @@ def save(
         overwrite: allow an existing checkpoint to be replaced. It stays in place until the new one is complete.
 
     Raises:
-        CheckpointError: the directory exists, an item cannot be stored, or metadata is not JSON.
+        CheckpointError: the directory exists (with `overwrite`: and is not a checkpoint), an item cannot be stored,
+            metadata is not JSON, or writing failed; nothing of a failed attempt stays behind.
     """
     path = Path(os.path.abspath(directory))
     arguments = save_arguments(items, metadata)
@@ -76,6 +84,10 @@ def save(
         return
     if not overwrite:
         raise CheckpointError("the checkpoint exists", where=path, fix="choose another name, or pass overwrite=True")
+    if not (path / METADATA_ITEM).is_dir():
+        raise CheckpointError(
+            "only a checkpoint is ever overwritten, and this is none", where=path, fix="remove it by hand"
+        )
     if jax.process_count() > 1:
         raise CheckpointError(
             "a checkpoint cannot be replaced by several processes", where=path, fix="choose a new directory"
@@ -348,8 +360,29 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, arguments: ocp.args.Composite) -> None:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(epath.Path(path), args=arguments, force=True)
+    try:
+        with write_failures(path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(epath.Path(path), args=arguments, force=True)
+    except BaseException:
+        # Orbax leaves what it had written beside the target; of several processes, others may still be writing there
+        if jax.process_count() == 1:
+            for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)  # the failure that led here is the one to report
+        raise
+
+
+@contextlib.contextmanager
+def write_failures(where: Path) -> Iterator[None]:
+    """Turns what Orbax raises when a checkpoint cannot be written into CheckpointError."""
+    try:
+        yield
+    except _WRITE_FAILURES as error:
+        raise CheckpointError(
+            "a checkpoint could not be written",
+            where=where,
+            found=f"{type(error).__name__}: {error}",
+            fix="check free space and permissions, then save again",
+        ) from error
 
 
 def _read_envelope(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rdt2_jax.checkpoints.directory import DamagedCheckpointError, read_metadata, restore, save_arguments
+from rdt2_jax.checkpoints.directory import (
+    DamagedCheckpointError,
+    read_metadata,
+    restore,
+    save_arguments,
+    write_failures,
+)
 from rdt2_jax.errors import CheckpointError
 from rdt2_jax.params import PyTree
 
@@ -37,7 +43,8 @@ class Resumed(NamedTuple):
 class Checkpoints:
     """Checkpoints `<root>/<step>`, each readable by `rdt2_jax.checkpoints`; Orbax's manager does the work.
 
-    A half-written checkpoint never bears a step's name; what an interrupted run left behind is removed on opening.
+    A half-written checkpoint never bears a step's name; what an interrupted run left behind is removed
+    after opening, in the background, and before the next save.
     Use it as a context manager, or call `close`: a save may still be under way.
 
     Args:
@@ -102,7 +109,8 @@ class Checkpoints:
             metrics: the value of `best_metric`, if the series has one.
 
         Raises:
-            CheckpointError: the step is not new, `metrics` are not those of the series, or an item cannot be stored.
+            CheckpointError: the step is not new, `metrics` are not those of the series, an item cannot be stored, or
+                writing failed (this save, or the one before it that ran in the background).
         """
         latest = self._manager.latest_step()
         if latest is not None and step <= latest:
@@ -123,11 +131,12 @@ class Checkpoints:
                 fix="other values belong into the metadata",
             )
         arguments = save_arguments(items, metadata or {})
-        self._manager.save(step, args=arguments, metrics=None if metrics is None else dict(metrics), force=True)
+        with write_failures(self.directory(step)):
+            self._manager.save(step, args=arguments, metrics=None if metrics is None else dict(metrics), force=True)
 
     def steps(self) -> tuple[int, ...]:
         """Steps that have a complete checkpoint, oldest first."""
-        self._manager.wait_until_finished()
+        self.wait()
         return tuple(sorted(self._manager.all_steps()))
 
     def best_step(self) -> int | None:
@@ -138,7 +147,7 @@ class Checkpoints:
         """
         if self._best_metric is None:
             raise CheckpointError("this series tracks no best metric", where=self.root)
-        self._manager.wait_until_finished()
+        self.wait()
         return self._manager.best_step()
 
     def directory(self, step: int) -> Path:
@@ -178,12 +187,22 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Blocks until background saves are complete; raises what went wrong in them."""
-        self._manager.wait_until_finished()
+        """Blocks until background saves are complete.
+
+        Raises:
+            CheckpointError: one of them failed.
+        """
+        with write_failures(self.root):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for background saves and releases Orbax's threads."""
-        self._manager.close()
+        """Waits for background saves and releases Orbax's threads.
+
+        Raises:
+            CheckpointError: a background save failed.
+        """
+        with write_failures(self.root):
+            self._manager.close()
 
     def _set_aside(self, step: int, error: DamagedCheckpointError) -> None:
         aside = self.root / f"{_DAMAGED_PREFIX}{step}"

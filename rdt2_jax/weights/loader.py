@@ -248,11 +248,10 @@ def _leaf_dtype(binding: Binding, tensors: list[TensorInfo], policy: Any, proble
     if policy is None or (isinstance(policy, str) and policy == FOLLOW_SPECS):
         wanted = declared
     elif keep:
-        wanted = stored[0]
+        # a file of integers for a floating leaf is another model, whatever the caller keeps
+        wanted = stored[0] if _same_kind(stored[0], declared) else declared
     else:
-        wanted = jnp.dtype(policy)
-        if not jnp.issubdtype(wanted, jnp.floating):
-            raise CheckpointError("only floating leaves can be converted as one", where="dtype", found=wanted)
+        wanted = _floating_dtype(policy)
         wanted = wanted if jnp.issubdtype(declared, jnp.floating) else declared
     for dtype in stored:
         if ((keep or policy is None) and dtype != wanted) or not _same_kind(dtype, wanted):
@@ -262,6 +261,21 @@ def _leaf_dtype(binding: Binding, tensors: list[TensorInfo], policy: Any, proble
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         problems.add(f"dtype: {binding.leaf} would be {wanted}, which jax cuts to 32 bits")
     return wanted
+
+
+def _floating_dtype(policy: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(policy)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise CheckpointError(
+            "only floating leaves can be converted as one",
+            where="dtype",
+            expected=f"None, '{KEEP_SOURCE}', '{FOLLOW_SPECS}' or a floating dtype",
+            found=policy,
+        )
+    return dtype
 
 
 def _same_kind(a: np.dtype, b: np.dtype) -> bool:

@@ -58,6 +58,9 @@ METADATA_KEY = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
 
+_MAX_DIMENSIONS = 64
+"""The limit of numpy."""
+
 
 class SafetensorsFiles:
     """The tensors of one file, or of several that belong together. A context manager.
@@ -165,10 +168,15 @@ class _Shard:
             code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             return f"entry without dtype, shape and two data_offsets: {entry!r}"
-        if code not in DTYPES:
+        if not isinstance(code, str) or code not in DTYPES:
             return f"unknown dtype {code!r}, known are {', '.join(DTYPES)}"
+        if not isinstance(shape, list):
+            return f"shape must be a list, found {shape!r}"
         if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
             return f"shape {shape} and data_offsets {[start, end]} must be whole numbers, not negative"
+        # numpy counts in 64 bits, dimensions of size 0 left out
+        if len(shape) > _MAX_DIMENSIONS or math.prod(size or 1 for size in shape) * DTYPES[code].itemsize >= 2**63:
+            return f"shape {shape[:_MAX_DIMENSIONS]} of {len(shape)} dimensions is larger than an array can be"
         needed = math.prod(shape) * DTYPES[code].itemsize
         if end - start != needed:
             return f"{code} {tuple(shape)} takes {needed} bytes, data_offsets {[start, end]} hold {end - start}"

@@ -113,17 +113,19 @@ def test_json_has_null_for_not_a_number(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": 2.0, "c": [1, 2]}
 
 
+@pytest.fixture(scope="module")
+def chunks_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("chunks") / "chunks.npy"
+    assert invoke("data", "synthesize", "--chunks", 40, "--out", path).returncode == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    return Path(__file__).parents[2] / "assets" / "tokenizer_small"
+
+
 class TestTokenizerCommands:
-    @pytest.fixture(scope="class")
-    def chunks_file(self, tmp_path_factory) -> Path:
-        path = tmp_path_factory.mktemp("chunks") / "chunks.npy"
-        assert invoke("data", "synthesize", "--chunks", 40, "--out", path).returncode == 0
-        return path
-
-    @pytest.fixture(scope="class")
-    def checkpoint(self) -> Path:
-        return Path(__file__).parents[2] / "assets" / "tokenizer_small"
-
     def test_encode_then_decode(self, chunks_file, checkpoint, tmp_path):
         tokens, decoded = tmp_path / "tokens.npy", tmp_path / "decoded.npy"
         result = invoke(

@@ -42,48 +42,58 @@ def step(small_config):
     return step
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 1e-5)])
-def test_eight_devices_equal_one(eight_devices, step, small_params, dtype, tolerance):
-    """Every kind of step from the same state: first batch, plain, restart (the interval is 2), plain.
+@pytest.fixture(scope="module")
+def one_and_eight(eight_devices, step, small_params):
+    """`run(dtype)`: after each of four steps, (state, outputs) on one device and on eight, both from the same state.
 
-    In double precision equality is far below the tolerance; in single precision a convolution over four chunks sums
-    in another order than one over thirty-two, and fourteen layers later that shows in the sixth digit. The networks are
+    The four are every kind of step: first batch, plain, restart (the interval is 2), plain. The networks are
     standardised as in training, and no two chunks are alike: equal vectors (arms and grippers at rest) become equal
     codes, and rounding would choose between them.
     """
     chunks = smooth_chunks(4 * BATCH, seed=6)
     chunks += np.random.default_rng(0).normal(scale=0.01, size=chunks.shape)
-    small_params = standardize(small_params, jnp.asarray(chunks.mean((0, 1))), jnp.asarray(chunks.std((0, 1))))
+    params = standardize(small_params, jnp.asarray(chunks.mean((0, 1))), jnp.asarray(chunks.std((0, 1))))
     mesh = make_mesh({"data": 8}, devices=eight_devices)
-    with jax.enable_x64(dtype == jnp.float64):
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, small_params)
-        state = init_state(params, OPTIMIZER)
-        for index in range(4):
-            batch = jnp.asarray(chunks[index * BATCH :][:BATCH], dtype)
-            eight, outputs_of_eight = step(
-                jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
-            )
-            state, outputs = step(state, batch)
-            assert state.params.networks["pos"].encoder.conv_in.kernel.dtype == dtype
-            compare_steps(eight, outputs_of_eight, state, outputs, tolerance)
+
+    def run(dtype):
+        state = init_state(jax.tree.map(lambda p: p.astype(dtype) if is_float(p) else p, params), OPTIMIZER)
+        for batch in chunks.reshape(4, BATCH, *chunks.shape[1:]).astype(dtype):
+            placed = jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
+            one, eight = step(state, jnp.asarray(batch)), step(*placed)
+            yield one, eight
+            state = one[0]
+
+    return run
+
+
+def test_eight_devices_equal_one(one_and_eight):
+    """In double precision, so that what is compared is the algorithm and not the order of its sums."""
+    with jax.enable_x64(True):
+        for one, eight in one_and_eight(np.float64):
+            assert one[0].params.networks["pos"].encoder.conv_in.kernel.dtype == np.float64
+            chex.assert_trees_all_close(jax.device_get(eight), jax.device_get(one), rtol=0, atol=1e-6)
+            for group in GROUP_NAMES:
+                np.testing.assert_array_equal(eight[1][group].indices, one[1][group].indices)
+                np.testing.assert_array_equal(
+                    eight[0].params.codebooks[group].hits, one[0].params.codebooks[group].hits
+                )
+
+
+def test_eight_devices_in_single_precision(one_and_eight):
+    """A convolution over four chunks sums in another order than one over thirty-two; rarely, a code falls otherwise."""
+    for one, eight in one_and_eight(np.float32):
+        for group in GROUP_NAMES:
+            ours, theirs = eight[1][group], one[1][group]
+            assert np.mean(np.asarray(ours.indices) == np.asarray(theirs.indices)) >= 0.98
+            np.testing.assert_allclose(ours.losses.total, theirs.losses.total, rtol=1e-3)
+            copies = [np.asarray(shard.data) for shard in eight[0].params.codebooks[group].codes.addressable_shards]
+            assert len(copies) == 8
+            for copy in copies[1:]:
+                np.testing.assert_array_equal(copy, copies[0])
 
 
 def is_float(leaf):
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def compare_steps(eight, outputs_of_eight, one, outputs, tolerance):
-    ours, theirs = jax.device_get(eight.params), jax.device_get(one.params)
-    chex.assert_trees_all_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    for group in GROUP_NAMES:
-        np.testing.assert_array_equal(outputs_of_eight[group].indices, outputs[group].indices)
-        np.testing.assert_array_equal(eight.params.codebooks[group].hits, one.params.codebooks[group].hits)
-        ours, theirs = (jax.device_get(o[group].losses) for o in (outputs_of_eight, outputs))
-        chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-7)
-        copies = [np.asarray(shard.data) for shard in eight.params.codebooks[group].codes.addressable_shards]
-        assert len(copies) == 8
-        for copy in copies[1:]:
-            np.testing.assert_array_equal(copy, copies[0])
 
 
 def test_loss_falls_and_codes_come_alive(step, small_config, small_params, chunks):

@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 1])
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one turn")
+    parser.add_argument("--seconds", type=float, default=0.3, help="length of one turn")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
@@ -99,11 +99,11 @@ def compare(config: ActionTokenizerConfig, batches: list[int], seconds: float, m
     rows = []
     for batch in batches:
         chunks = smooth_chunks(batch, seed=1)
-        tokens = np.asarray(encode(params, config, chunks))
+        tokens = np.array(encode(params, config, chunks))
         must_agree(tokens, np.asarray(decode(params, config, tokens)), peer, chunks)
         tasks = contestants(params, config, peer, chunks, tokens)
         for task, (ours, theirs) in tasks.items():
-            timings = take_turns({"ours": ours, "torch": theirs}, min_seconds=seconds)
+            timings = take_turns({"ours": ours, "torch": theirs}, min_seconds=seconds, rounds=7)
             rows.append(
                 {
                     "hidden": config.hidden_size,

@@ -41,10 +41,11 @@ def host_value(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def device_value(buffer: np.ndarray, sharding: Sharding | None = None) -> jax.Array:
-    """A copy of `buffer` on devices, complete when this returns.
+    """Hands a host buffer over to devices; the values are in place when this returns.
 
-    The result never shares the buffer's memory, and jax no longer holds the buffer: it is freed as soon as the
-    caller lets go of it.
+    On CPU the result may be the buffer itself, or pieces of it (jax shares suitably aligned memory, even when told
+    not to): whoever calls this must never write into the buffer again. Where the values were copied, jax no longer
+    holds the buffer, and it is freed as soon as the caller lets go of it.
 
     Args:
         buffer: host array.
@@ -59,7 +60,7 @@ def device_value(buffer: np.ndarray, sharding: Sharding | None = None) -> jax.Ar
             found=f"{buffer.dtype} {buffer.shape}",
             fix="convert it explicitly, or enable jax_enable_x64",
         )
-    value = jax.device_put(buffer, sharding, may_alias=False)
+    value = jax.device_put(buffer, sharding)
     value.block_until_ready()
     del buffer
     # jax queues host buffers for release until its next call; its hook on the collector empties the queue now

@@ -29,7 +29,7 @@ LogicalAxes = tuple[str | None, ...]
 
 zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones
-normal = jax.nn.initializers.normal
+normal = functools.cache(jax.nn.initializers.normal)
 
 
 @functools.lru_cache
@@ -160,18 +160,25 @@ def stack(specs: PyTree, count: int, axis_name: str | None = "layers") -> PyTree
     """The declaration of `count` such trees stacked on a new leading axis, each layer initialised on its own."""
 
     def stack_leaf(spec: ParamSpec) -> ParamSpec:
-        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return jax.vmap(lambda layer_key: spec.init(layer_key, shape[1:], dtype))(jax.random.split(key, shape[0]))
-
         return dataclasses.replace(
             spec,
             shape=(count, *spec.shape),
             axes=(axis_name, *spec.axes),
-            init=init,
+            init=_stacked(spec.init),
             fallbacks=tuple((axis_name, *axes) for axes in spec.fallbacks),
         )
 
     return jax.tree.map(stack_leaf, specs, is_leaf=is_spec)
+
+
+@functools.cache
+def _stacked(init: Initializer) -> Initializer:
+    """An initializer of one layer, for a stack of them."""
+
+    def stacked_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.vmap(lambda layer_key: init(layer_key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+    return stacked_init
 
 
 def count_parameters(tree: PyTree) -> int:

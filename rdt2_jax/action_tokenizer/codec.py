@@ -8,7 +8,6 @@ encoder is another token.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import jax
@@ -159,15 +158,14 @@ def _downsample(conv: Convolution, x: jax.Array) -> jax.Array:
 def _upsample(conv: Convolution, x: jax.Array) -> jax.Array:
     """Transposed convolution, stride 2, padding 1, output padding 1: the length doubles.
 
-    Output 2t sees input t through tap 1; output 2t + 1 sees input t through tap 2 and input t + 1 through tap 0.
-    Written as those three products, no arithmetic is spent on the zeros between the inputs.
+    Output 2t sees input t through tap 1; output 2t + 1 sees input t through tap 2 and input t + 1 through tap 0. As one
+    product per tap, no arithmetic is spent on the zeros between the inputs, and no weight is copied out of its stack.
     """
-    following = jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    matmul = partial(jnp.matmul, precision=_PRECISION)
-    even = matmul(x, conv.kernel[1])
-    odd = matmul(x, conv.kernel[2]) + matmul(following, conv.kernel[0])
-    batch, length, channels = even.shape
-    return jnp.stack([even, odd], axis=2).reshape(batch, 2 * length, channels) + conv.bias
+    batch, length, channels = x.shape
+    taps = jnp.matmul(x.reshape(1, batch * length, channels), conv.kernel, precision=_PRECISION)
+    before, even, after = taps.reshape(KERNEL_WIDTH, batch, length, -1)
+    odd = after + jnp.pad(before[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    return jnp.stack([even, odd], axis=2).reshape(batch, 2 * length, -1) + conv.bias
 
 
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:

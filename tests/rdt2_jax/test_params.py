@@ -177,3 +177,10 @@ def test_wrong_number_of_fallback_axes_is_refused() -> None:
 def test_a_declaration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ParamSpec((4,), ("embed",)).shape = (5,)  # type: ignore[misc]
+
+
+def test_equal_declarations_are_equal_and_share_their_compilations() -> None:
+    def declare() -> ParamSpec:
+        return stack(ParamSpec((4, 4), ("embed", None), normal(0.5)), 3)
+
+    assert declare() == declare()

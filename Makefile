@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEER := $(VENV)/.peer
 EXTRAS := train,sim,dev
-# A peer in parity tests and benchmarks; the project never imports it.
+# A peer in parity tests and benchmarks; the project never imports it. Where pip would fetch a build for GPUs, install the
+# CPU build of this version into .venv first.
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
@@ -18,8 +20,12 @@ install: $(READY)  ## Make .venv with pinned dependencies
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
+
+$(PEER): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	@touch $(PEER)
 
 system:  ## Install or name the system packages for rendering
 	@sh tools/system_packages.sh
@@ -27,7 +33,7 @@ system:  ## Install or name the system packages for rendering
 demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a picture
 	$(BIN)/python examples/tokenizer_demo.py --out out/demo
 
-test: $(READY) system  ## Run the tests
+test: $(PEER) system  ## Run the tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
 check: $(READY) format lint types contracts test wheel-test  ## Format, lint, types, import contracts, tests: what CI runs
@@ -47,10 +53,10 @@ contracts: $(READY)
 wheel-test: $(READY)  ## Build the wheel and use it, and the editable install, from another folder
 	sh tools/wheel_test.sh $(abspath $(BIN)/python)
 
-bench: $(READY)  ## Speed against torch with the same layers, weights and threads
+bench: $(PEER)  ## Speed against torch with the same layers, weights and threads
 	$(BIN)/python benchmarks/action_tokenizer.py
 
-soak: $(READY)  ## Long tests, among them training the tokenizer from scratch to its stated quality
+soak: $(PEER)  ## Long tests, among them training the tokenizer from scratch to its stated quality
 	$(BIN)/python -m pytest -q -m slow
 
 # The first Python 3.12 or newer that runs: on the path, or installed by pyenv.

@@ -28,6 +28,9 @@ from rdt2_jax.action_tokenizer.tokenizer import decode, encode, param_specs
 from rdt2_jax.actions.layout import GROUP_NAMES
 from rdt2_jax.params import count_parameters, initialize
 
+BAR_BATCH = 64
+"""Batch size at which the bar of one times torch holds; single chunks are shown beside it."""
+
 SIZES = {
     16: ActionTokenizerConfig(hidden_size=16, latent_size=32, embedding_dim=8),
     64: ActionTokenizerConfig(hidden_size=64, latent_size=64, embedding_dim=8),
@@ -83,6 +86,11 @@ def main() -> None:
             f"{row['ours'] / row['floor']:.0%}",
         )
     Console(width=120).print(table)
+    slower = [
+        f"{row['task']} at hidden {row['hidden']}" for row in rows if row["batch"] == BAR_BATCH and row["ratio"] < 1.0
+    ]
+    if slower:
+        raise SystemExit(f"below torch at batch {BAR_BATCH}: {', '.join(slower)}")
 
 
 def compare(config: ActionTokenizerConfig, batches: list[int], seconds: float, matmul_rate: float) -> list[dict]:

@@ -17,6 +17,8 @@ from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
 from rdt2_jax.action_tokenizer.plot import plot_report
 from rdt2_jax.action_tokenizer.report import examine, reconstruct
 from rdt2_jax.commands.tokenizer import print_report
+from rdt2_jax.errors import CheckpointError
+from rdt2_jax.io.arrays import write_array
 from rdt2_jax.progress import progress_bar
 
 CHECKPOINT = Path(__file__).parent.parent / "assets" / "tokenizer_small"
@@ -31,14 +33,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     loaded = load_tokenizer(CHECKPOINT)
-    assert loaded.normalizer is not None, "the demo's checkpoint comes with its normalizer"
+    if loaded.normalizer is None:
+        raise CheckpointError("the demo's checkpoint has lost its normalizer", where=CHECKPOINT)
     chunks = smooth_chunks(arguments.chunks, UNSEEN_SEED)
     with progress_bar("tokenizing", len(chunks), "chunks") as advance:
         reconstruction = reconstruct(loaded.params, loaded.config, loaded.normalizer, chunks, progress=advance)
     report = examine(reconstruction, loaded.config, loaded.normalizer)
     picture = arguments.out / "tokenizer.png"
     plot_report(reconstruction, report, picture)
-    np.save(arguments.out / "tokens.npy", reconstruction.tokens.astype(np.int16))
+    write_array(arguments.out / "tokens.npy", reconstruction.tokens.astype(np.int16))
 
     first = chunks[0]
     click.echo(f"one chunk: {first.shape[0]} frames x {first.shape[1]} numbers, {first.nbytes} bytes")

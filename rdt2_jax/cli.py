@@ -28,8 +28,11 @@ _EXTRA_OF_LIBRARY = {
     "flax": "model",
     "orbax": "model",
     "safetensors": "model",
+    "ml_dtypes": "model",
+    "PIL": "model",
     "transformers": "model",
     "grain": "data",
+    "simplejpeg": "data",
     "optax": "train",
     "matplotlib": "train",
     "mujoco": "sim",
@@ -45,8 +48,8 @@ def rdt2() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `rdt2` script."""
-    _attach_commands(rdt2, entry_points(group=COMMAND_GROUP))
     try:
+        _attach_commands(rdt2, entry_points(group=COMMAND_GROUP))
         rdt2.main(args=arguments, prog_name="rdt2", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
@@ -57,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except Rdt2Error as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a denied permission: nobody's bug, and a traceback helps nobody
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
 
@@ -73,8 +79,28 @@ def _attach_commands(root: click.Group, contributed: Sequence[EntryPoint] | Any)
                 where=f"entry point {point.name} of {COMMAND_GROUP}",
                 fix="reinstall the package that defines the group",
             )
-        if name not in group.commands:
-            group.add_command(point.load(), name)
+        if name in group.commands:
+            # `main` may be called twice in one process; then the very same commands come again.
+            if group.commands[name] is point.load():
+                continue
+            raise Rdt2Error(
+                "two packages contribute the same command",
+                where=f"entry point {point.name} of {COMMAND_GROUP}",
+                fix="uninstall one of them",
+            )
+        group.add_command(_load_command(point), name)
+
+
+def _load_command(point: EntryPoint) -> click.Command:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise Rdt2Error(
+            "a command cannot be loaded",
+            where=f"entry point {point.name} = {point.value}",
+            found=str(error),
+            fix="reinstall the package it belongs to",
+        ) from error
 
 
 @contextmanager

@@ -11,14 +11,14 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
 
 from rdt2_jax.errors import ConfigError
 
-_REPOSITORY_CONFIGS = Path(__file__).parent.parent / "configs"
+_REPOSITORY = Path(__file__).parent.parent
 _PACKAGED_CONFIGS = Path(__file__).parent / "_configs"
 
 
@@ -28,12 +28,16 @@ class FrozenConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 
 def config_folders() -> list[Path]:
     """Folders searched for named configurations, first match wins."""
-    return [folder for folder in (_REPOSITORY_CONFIGS, _PACKAGED_CONFIGS) if folder.is_dir()]
+    # In an installed wheel the folder above belongs to everybody, and a `configs` in it to somebody else.
+    repository = [_REPOSITORY / "configs"] if (_REPOSITORY / "pyproject.toml").is_file() else []
+    return [folder for folder in (*repository, _PACKAGED_CONFIGS) if folder.is_dir()]
 
 
 def find_config(name: str | Path) -> Path:
@@ -145,6 +149,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key}'", key_node.start_mark)
             seen.add(key)

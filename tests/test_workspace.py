@@ -48,6 +48,23 @@ def test_extras():
     assert set(extras) == set(expected.split())
 
 
+def test_doctor_knows_every_extra():
+    from rdt2_jax.commands.doctor import _EXTRAS
+
+    assert set(_EXTRAS) == set(pyproject()["project"]["optional-dependencies"]) - {"all"}
+
+
+def test_every_room_of_the_model_is_open_or_closed_to_the_robot_side():
+    """A contract that forbids by name forgets what comes later: every room must be listed, or known to be light."""
+    light = {"actions", "io", "errors", "config", "cli", "commands", "progress", "__main__", "__init__"}
+    contract = (ROOT / ".importlinter").read_text().split("contract:hardware]")[1].split("[importlinter")[0]
+    closed = set(re.findall(r"rdt2_jax\.(\w+)", contract))
+    rooms = {
+        path.stem for path in (ROOT / "rdt2_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms == closed | light
+
+
 def test_every_command_loads():
     points = entry_points(group="rdt2.commands")
     assert {point.name for point in points} == set(pyproject()["project"]["entry-points"]["rdt2.commands"])

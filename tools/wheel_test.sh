@@ -26,8 +26,12 @@ assert all(inside), [module.__file__ for module in packages]
 print("found", find_config("train/tokenizer.yaml").name, "and", len(packages), "packages")
 PY
 cd "$work"
-# -S of the path file: packages of the wheel come first on sys.path, because they sit in the venv itself.
+# Packages of the wheel come before the borrowed dependencies on sys.path, because they sit in the venv itself.
 "$work/venv/bin/python" "$work/try.py" "$work/venv"
-"$work/venv/bin/rdt2" tokenizer --help >/dev/null
 "$python" "$work/try.py" "$repository"
-echo "wheel and editable install: 1 passed, 0 failed"
+for interpreter in "$work/venv/bin/python" "$python"; do
+    for command in "" "data synthesize" "doctor" "tokenizer encode" "tokenizer train"; do
+        "$interpreter" -m rdt2_jax $command --help >/dev/null
+    done
+done
+echo "the wheel and the editable install both have every package, command and configuration"

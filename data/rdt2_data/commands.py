@@ -16,7 +16,7 @@ def data() -> None:
 
 @data.command()
 @click.option("--chunks", type=click.IntRange(1), default=20_000, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Chunks (N, 24, 20) float32, .npy.")
 @json_option
 def synthesize(chunks: int, seed: int, out: Path, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rdt2_jax.actions.layout import ACTION_DIM, CHUNK_LENGTH, GROUP_CHANNELS, GROUP_NAMES, GroupName
-from rdt2_jax.config import FrozenConfig, parse_config
+from rdt2_jax.config import FrozenConfig, PositiveInt, parse_config
 from rdt2_jax.errors import CheckpointError, ConfigError
 from rdt2_jax.io.files import atomic_write
 
@@ -20,7 +20,10 @@ DOWNSAMPLING = 2**DOWNSAMPLING_STAGES
 CHANNEL_MULTIPLIERS = (2, 4, 8)
 """Width of each encoder stage in units of `hidden_size`."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
+NumCodes = Annotated[int, Field(ge=2, le=32768)]
+"""Tokens are stored as int16."""
+
+Cost = Annotated[float, Field(ge=0.0)]
 
 
 class Levels(FrozenConfig):
@@ -53,12 +56,12 @@ class ActionTokenizerConfig(FrozenConfig):
     hidden_size: PositiveInt
     latent_size: PositiveInt
     embedding_dim: PositiveInt
-    num_codes: Annotated[int, Field(ge=2)] = 1024
+    num_codes: NumCodes = 1024
     levels: Levels = Levels()
     chunk_length: PositiveInt = CHUNK_LENGTH
     restart_interval: PositiveInt = 64
-    commitment_cost: float = 0.25
-    codebook_cost: float = 0.0
+    commitment_cost: Cost = 0.25
+    codebook_cost: Cost = 0.0
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
     ema_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
     rotation_loss: Literal["geodesic", "chordal"] = "geodesic"
@@ -106,10 +109,11 @@ def read_published_config(path: Path) -> ActionTokenizerConfig:
     """
     try:
         published = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CheckpointError(
             "no tokenizer configuration",
             where=path,
+            found=error.strerror,
             fix="give a directory with config.json and model.safetensors",
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -153,13 +157,13 @@ class _PublishedConfig(FrozenConfig):
 
     cnn_config: _PublishedCnn
     embedding_dim: PositiveInt
-    num_embeddings: PositiveInt
+    num_embeddings: NumCodes
     n_codebooks: Levels = Levels()
     input_dim: _PublishedInputDim = _PublishedInputDim()
     action_horizon: PositiveInt = CHUNK_LENGTH
     codebook_restart_interval: PositiveInt = 64
-    commitment_cost: float = 0.25
-    codebook_cost: float = 0.0
+    commitment_cost: Cost = 0.25
+    codebook_cost: Cost = 0.0
 
     @model_validator(mode="before")
     @classmethod

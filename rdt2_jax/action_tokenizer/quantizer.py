@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig
-from rdt2_jax.params import Initializer, ParamSpec, PyTree, fan_in_uniform, normal, ones, zeros
+from rdt2_jax.params import ParamSpec, PyTree, fan_in_uniform, normal, ones, zeros
 
 _MIN_NORM = 1e-12
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -83,14 +83,13 @@ def codebook_specs(config: ActionTokenizerConfig, levels: int) -> Codebook:
     """Declaration of a codebook of `levels` levels: random codes, no statistics yet."""
     codes, embedding = config.num_codes, config.embedding_dim
     axes = ("levels", "codes", "code_dim")
-    never: Initializer = zeros
     return Codebook(
         codes=ParamSpec((levels, codes, embedding), axes, normal(1.0)),
         ema_sum=ParamSpec((levels, codes, embedding), axes, zeros),
         ema_count=ParamSpec((levels, codes), axes[:2], ones),
         hits=ParamSpec((levels, config.restart_interval, codes), ("levels", None, "codes"), zeros, jnp.int32),
         cursor=ParamSpec((), (), zeros, jnp.int32),
-        initialized=ParamSpec((), (), never, jnp.bool_),
+        initialized=ParamSpec((), (), zeros, jnp.bool_),
     )
 
 

@@ -34,6 +34,10 @@ BOUND = 1.0
 """Normalised positions and widths are expected within +-1: the range the published normalizer maps training data to."""
 
 BOUND_TOLERANCE = 0.01
+MAX_SHARE_OUTSIDE = 1e-3
+"""Data that was not used to fit the normalizer may go a little beyond its extremes: up to this share of the values of a
+channel is reported and does not count as a misfit."""
+
 SMALL_ROTATION_DEG = 5.0
 OUTLIER_DEG = 5.0
 """A rotation outlier is an arm whose true rotation never exceeds SMALL_ROTATION_DEG while the decoded one is wrong by
@@ -72,7 +76,7 @@ class ChannelRange:
     def fits(self) -> bool:
         """Neither the values nor the normalizer's own statistics leave the bound."""
         extreme = max(abs(self.statistics_low), abs(self.statistics_high))
-        return self.outside == 0 and extreme <= BOUND + BOUND_TOLERANCE
+        return self.outside <= MAX_SHARE_OUTSIDE and extreme <= BOUND + BOUND_TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fr3": ("driving Franka FR3 arms", ("franky-control", "minimalmodbus")),
     "camera": ("GenICam wrist cameras without Aravis", ("harvesters",)),
     "tracker": ("Vive trackers", ("openvr",)),
+    "tpu": ("jax for TPUs", ("libtpu",)),
+    "cuda12": ("jax for NVIDIA GPUs", ("jax-cuda12-plugin",)),
+    "dev": ("tests, linters, type checks", ("pytest", "ruff", "basedpyright", "import-linter", "chex", "hypothesis")),
     "view": ("watching runs in rerun, plots", ("rerun-sdk", "matplotlib")),
 }
 

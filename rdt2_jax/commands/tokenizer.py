@@ -114,7 +114,7 @@ def check(
 
     Exits with status 1 when something is out of bounds or a rotation explodes.
     """
-    from rdt2_jax.action_tokenizer.report import examine, reconstruct
+    from rdt2_jax.action_tokenizer.report import check_chunks, examine, reconstruct
     from rdt2_jax.errors import DataError
     from rdt2_jax.io.arrays import read_array
     from rdt2_jax.progress import progress_bar
@@ -126,7 +126,7 @@ def check(
             where=checkpoint,
             fix="give --normalizer FILE (.pt, .npz or .json)",
         )
-    chunks = read_array(actions)
+    chunks = check_chunks(read_array(actions), loaded.config, where=str(actions))
     with progress_bar("checking", len(chunks), "chunks") as advance:
         reconstruction = reconstruct(
             loaded.params,

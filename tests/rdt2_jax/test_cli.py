@@ -91,7 +91,7 @@ class Point:
     """The part of importlib's EntryPoint that the command line uses."""
 
     def __init__(self, name, command):
-        self.name, self.command = name, command
+        self.name, self.command, self.value = name, command, "somewhere:something"
 
     def load(self):
         return self.command
@@ -101,6 +101,22 @@ def test_commands_are_attached_to_groups_by_name():
     root, group, inner = click.Group("root"), click.Group("group"), click.Command("inner")
     cli._attach_commands(root, [Point("group.inner", inner), Point("group", group)])
     assert root.commands["group"].commands["inner"] is inner
+
+
+def test_two_commands_of_one_name_are_an_error():
+    root = click.Group("root")
+    cli._attach_commands(root, [Point("one", click.Command("one"))])
+    with pytest.raises(Rdt2Error, match="two packages contribute"):
+        cli._attach_commands(root, [Point("one", click.Command("other"))])
+
+
+def test_a_command_that_cannot_be_imported_is_named():
+    class Broken(Point):
+        def load(self):
+            raise ImportError("no module rdt2_gone")
+
+    with pytest.raises(Rdt2Error, match=r"(?s)entry point broken.*rdt2_gone"):
+        cli._attach_commands(click.Group("root"), [Broken("broken", None)])
 
 
 def test_a_command_without_its_group_is_an_error():
@@ -192,6 +208,32 @@ class TestTokenizerCommands:
         )
         assert result.returncode == 2
         assert "config.json and model.safetensors" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["data", "synthesize", "--seed", "-1", "--out", "x.npy"], "--seed"),
+            (["tokenizer", "train", "--out", __file__], "is a file"),
+            (["tokenizer", "train", "--out", "run", "seed=-1"], "'seed'"),
+            (
+                ["tokenizer", "encode", "--checkpoint", __file__, "--in", "x", "--out", "y"],
+                "no tokenizer configuration",
+            ),
+        ],
+    )
+    def test_wrong_values_give_no_traceback(self, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        result = invoke(*arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_check_of_a_single_number(self, tmp_path, checkpoint):
+        np.save(tmp_path / "in.npy", np.float32(1))
+        result = invoke("tokenizer", "check", "--checkpoint", checkpoint, "--actions", tmp_path / "in.npy")
+        assert result.returncode == 2
+        assert "not an array of action chunks" in result.stderr
 
     def test_unknown_override(self, tmp_path):
         result = invoke("tokenizer", "train", "--out", tmp_path / "run", "batchsize=3")

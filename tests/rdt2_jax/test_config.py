@@ -53,6 +53,7 @@ def test_overrides_win(tmp_path):
         ("steps: .nan\n", [], "'steps'"),
         ("steps: 5\nsteps: 6\n", [], "duplicate key 'steps'"),
         ("steps: [\n", [], "not a readable YAML"),
+        ("? [a, b]\n: 5\n", [], "a key must be a word"),
         ("- 5\n", [], "must be a mapping"),
         ("steps: 5\n", ["steps"], r"key\.sub=value"),
         ("steps: 5\n", ["steps.more=1"], "has no keys"),
@@ -79,7 +80,7 @@ def test_find_config_by_path_name_and_packaged_copy(tmp_path, monkeypatch):
     packaged = tmp_path / "packaged"
     (packaged / "train").mkdir(parents=True)
     (packaged / "train" / "tokenizer.yaml").write_text("steps: 1\n")
-    monkeypatch.setattr(config_module, "_REPOSITORY_CONFIGS", tmp_path / "absent")
+    monkeypatch.setattr(config_module, "_REPOSITORY", tmp_path / "absent")
     monkeypatch.setattr(config_module, "_PACKAGED_CONFIGS", packaged)
     monkeypatch.chdir(tmp_path)
     assert find_config("train/tokenizer.yaml") == packaged / "train" / "tokenizer.yaml"

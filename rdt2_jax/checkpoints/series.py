@@ -15,13 +15,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rdt2_jax.checkpoints.directory import (
-    DamagedCheckpointError,
-    read_metadata,
-    restore,
-    save_arguments,
-    write_failures,
-)
+from rdt2_jax.checkpoints.envelope import DamagedCheckpointError, read_metadata
+from rdt2_jax.checkpoints.reading import restore
+from rdt2_jax.checkpoints.writing import save_arguments, write_failures
 from rdt2_jax.errors import CheckpointError
 from rdt2_jax.params import PyTree
 

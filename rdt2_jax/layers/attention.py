@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from rdt2_jax.errors import ConfigError
 
 
+_MASKED = -1e30
+"""Score of a masked key; finite, so that a query without keys gets an average instead of not a number."""
+
+
 class AttentionBackend(enum.Enum):
     """Which kernel computes attention; never guessed from the inputs.
 
@@ -54,33 +58,58 @@ def attention(
     """softmax(query key^T / sqrt(head_dim)) value, computed in float32 where it matters.
 
     Args:
-        query: (B, Q, heads, head_dim).
-        key, value: (B, K, kv_heads, head_dim); each of them serves heads / kv_heads consecutive query heads.
+        query: (B, heads, Q, head_dim).
+        key, value: (B, kv_heads, K, head_dim); each serves heads / kv_heads consecutive query heads.
         backend: which kernel.
         key_valid: (B, K) or (1, K) bool; keys that are False get no weight.
         causal: query i sees keys 0..i; needs Q = K.
         query_chunk: queries at a time, for `AttentionBackend.CHUNKED`.
 
     Returns:
-        (B, Q, heads, head_dim) in the dtype of `query`.
+        (B, heads, Q, head_dim) in the dtype of `query`.
 
     Raises:
         ConfigError: cuDNN is asked to take 32-bit floats.
     """
-    if backend is AttentionBackend.CUDNN and jnp.dtype(query.dtype).itemsize != 2:
-        raise ConfigError(
-            "cuDNN's attention takes 16-bit floats", expected="bfloat16 or float16", found=query.dtype,
-            fix="choose AttentionBackend.XLA, or a 16-bit dtype of activations",
-        )
-    if backend is AttentionBackend.CHUNKED and query.shape[1] > query_chunk:
+    if backend is AttentionBackend.CUDNN:
+        return _fused(query, key, value, key_valid, causal)
+    if backend is AttentionBackend.CHUNKED and query.shape[2] > query_chunk:
         return _chunked(query, key, value, key_valid, causal, query_chunk)
     mask = None if key_valid is None else key_valid[:, None, None, :]
-    if mask is not None and backend is AttentionBackend.CUDNN:
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-    implementation = "cudnn" if backend is AttentionBackend.CUDNN else "xla"
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=causal, implementation=implementation
-    )
+    if causal:
+        mask = _and(_causal_mask(jnp.arange(query.shape[2]), key.shape[2]), mask)
+    return _grouped(query, key, value, mask)
+
+
+def _causal_mask(query_positions: jax.Array, num_keys: int) -> jax.Array:
+    """bool (1, 1, Q, K)."""
+    return (jnp.arange(num_keys)[None, :] <= query_positions[:, None])[None, None]
+
+
+def _and(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    return a if b is None else a & b
+
+
+def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """All scores at once: the query heads of one key head are rows of one product.
+
+    Twice as fast on a CPU as `jax.nn.dot_product_attention`. Scores and sums are float32; division by the sum comes
+    last, when fewer numbers are left. `mask` is bool (B or 1, 1, Q or 1, K).
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    rows = (query * jnp.asarray(head_dim**-0.5, query.dtype)).reshape(batch, kv_heads, group * length, head_dim)
+    scores = jnp.einsum("bnrd,bnkd->bnrk", rows, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, length, num_keys)
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, _MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    flat = weights.astype(value.dtype).reshape(batch, kv_heads, group * length, num_keys)
+    mixed = jnp.einsum("bnrk,bnkd->bnrd", flat, value, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(batch, kv_heads, group, length, head_dim) / total
+    return mixed.reshape(query.shape).astype(query.dtype)
 
 
 def _chunked(
@@ -92,19 +121,36 @@ def _chunked(
     chunk: int,
 ) -> jax.Array:
     """A scan over chunks of queries; each chunk's scores are computed again in the backward pass."""
-    batch, length, heads, head_dim = query.shape
+    batch, heads, length, head_dim = query.shape
     count = -(-length // chunk)
-    padded = jnp.pad(query, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, count, chunk, heads, head_dim), 1, 0)
-    positions = jnp.arange(key.shape[1])
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, count * chunk - length), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, heads, count, chunk, head_dim), 2, 0)
 
     @jax.checkpoint
     def one(index: jax.Array, queries: jax.Array) -> jax.Array:
         mask = None if key_valid is None else key_valid[:, None, None, :]
         if causal:
-            seen = positions[None, :] <= (index * chunk + jnp.arange(chunk))[:, None]
-            mask = seen[None, None] if mask is None else mask & seen[None, None]
-        return jax.nn.dot_product_attention(queries, key, value, mask=mask, implementation="xla")
+            mask = _and(_causal_mask(index * chunk + jnp.arange(chunk), key.shape[2]), mask)
+        return _grouped(queries, key, value, mask)
 
     _, results = jax.lax.scan(lambda _, item: (None, one(*item)), None, (jnp.arange(count), chunks))
-    return jnp.moveaxis(results, 0, 1).reshape(batch, count * chunk, heads, head_dim)[:, :length]
+    return jnp.moveaxis(results, 0, 2).reshape(batch, heads, count * chunk, head_dim)[:, :, :length]
+
+
+def _fused(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_valid: jax.Array | None, causal: bool
+) -> jax.Array:
+    """cuDNN's kernel, which takes sequence before heads."""
+    if jnp.dtype(query.dtype).itemsize != 2:
+        raise ConfigError(
+            "cuDNN's attention takes 16-bit floats",
+            expected="bfloat16 or float16",
+            found=query.dtype,
+            fix="choose AttentionBackend.XLA, or a 16-bit dtype of activations",
+        )
+    mask = None
+    if key_valid is not None:
+        mask = jnp.broadcast_to(key_valid[:, None, None, :], (query.shape[0], 1, query.shape[2], key.shape[2]))
+    swapped = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(*swapped, mask=mask, is_causal=causal, implementation="cudnn")
+    return jnp.swapaxes(mixed, 1, 2)

@@ -21,12 +21,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns every head.
 
     Args:
-        x: (..., length, heads, head_dim).
-        cos, sin: of the angles, float32 (..., length, head_dim / 2).
+        x: (..., heads, length, head_dim).
+        cos, sin: of the angles, float32, such that they broadcast: (length, head_dim / 2), or with more in front.
 
     Returns:
         As `x`; computed in float32.
     """
-    cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

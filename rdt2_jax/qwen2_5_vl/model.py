@@ -142,7 +142,7 @@ def keys_and_values(
     As `prefill`.
 
     Returns:
-        Of each layer, (B, length, kv_heads, head_dim) each: stacked on a leading axis, or a tuple, as the layers are.
+        Of each layer, (B, kv_heads, length, head_dim) each: stacked on a leading axis, or a tuple, as the layers are.
     """
     return prefill(params, config, inputs, compute, num_layers=num_layers).keys_values
 

@@ -20,12 +20,12 @@ from rdt2_jax.params import ParamSpec, stack
 from rdt2_jax.qwen2_5_vl.config import TextConfig
 
 Rotary = tuple[jax.Array, jax.Array]
-"""Cosines and sines, float32 (B, length, head_dim / 2)."""
+"""Cosines and sines, float32 (B, 1, length, head_dim / 2): alike for all heads."""
 
 
 @struct.dataclass
 class TextAttention:
-    """Grouped-query attention: kernels (embed, heads, head_dim), `out` (heads, head_dim, embed)."""
+    """Grouped-query attention: weights (heads, head_dim, embed), `out` (embed, heads, head_dim)."""
 
     query: Linear
     key: Linear
@@ -62,7 +62,7 @@ class TextParams:
 
 @struct.dataclass
 class KeysValues:
-    """Keys after the rotary embedding, and values: (..., B, length, kv_heads, head_dim).
+    """Keys after the rotary embedding, and values: (..., B, kv_heads, length, head_dim).
 
     Of all layers: one with a leading axis where the layers are stacked, a tuple where they are a tuple.
     """
@@ -99,7 +99,7 @@ def text_specs(config: TextConfig, dtype: Any = jnp.float32, *, with_head: bool 
     heads = (("heads", config.num_heads), ("head_dim", head_dim))
     kv_heads = (("kv_heads", config.num_kv_heads), ("head_dim", head_dim))
     # a model with few key and value heads keeps them whole on every device of the tensor axis
-    key_or_value = linear_specs(embed, kv_heads, bias=True, dtype=dtype, fallbacks=(("embed", None, None),))
+    key_or_value = linear_specs(embed, kv_heads, bias=True, dtype=dtype, fallbacks=((None, None, "embed"),))
     layer = TextLayer(
         attention_norm=norm_specs(width, dtype),
         attention=TextAttention(
@@ -161,7 +161,7 @@ def rotary_of(config: TextConfig, positions: jax.Array) -> Rotary:
     component = np.repeat(np.arange(3), config.mrope_sections)
     chosen = jnp.moveaxis(positions[component], 0, -1).astype(jnp.float32)
     angles = chosen * frequencies(config.head_dim, config.rope_theta)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
 
 
 def prefill(
@@ -211,13 +211,13 @@ def prefill(
 
 
 def new_cache(keys_values: Any, length: int) -> Any:
-    """Room for more tokens behind a prompt's keys and values: (..., B, length, kv_heads, head_dim)."""
+    """Room for more tokens behind a prompt's keys and values: (..., B, kv_heads, length, head_dim)."""
 
     def extend(x: jax.Array) -> jax.Array:
-        missing = length - x.shape[-3]
+        missing = length - x.shape[-2]
         if missing < 0:
-            raise ConfigError("a cache must hold the prompt", expected=f"{x.shape[-3]} or more", found=length)
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)])
+            raise ConfigError("a cache must hold the prompt", expected=f"{x.shape[-2]} or more", found=length)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
 
     return jax.tree.map(extend, keys_values)
 
@@ -252,8 +252,8 @@ def decode_step(
     def body(x: jax.Array, layer: TextLayer, stored: KeysValues) -> tuple[jax.Array, KeysValues]:
         query, key, value = _project(layer, config, x, rotary)
         stored = KeysValues(
-            jax.lax.dynamic_update_slice_in_dim(stored.key, key, index, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(stored.value, value, index, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(stored.key, key, index, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(stored.value, value, index, axis=2),
         )
         # one query: cuDNN's kernel has nothing to gain, and wants even lengths
         mixed = attention(query, stored.key, stored.value, backend=AttentionBackend.XLA, key_valid=valid)
@@ -294,16 +294,18 @@ def output_table(params: TextParams) -> jax.Array:
 def _project(
     layer: TextLayer, config: TextConfig, x: jax.Array, rotary: Rotary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys (both turned) and values of one layer's input."""
+    """Queries (B, heads, length, head_dim), keys (both turned) and values of one layer's input."""
     normalized = rms_norm(layer.attention_norm, x, config.norm_eps)
-    query = rotate(linear(layer.attention.query, normalized), *rotary)
-    key = rotate(linear(layer.attention.key, normalized), *rotary)
-    return query, key, linear(layer.attention.value, normalized)
+    query, key, value = (
+        jnp.swapaxes(linear(part, normalized), 1, 2)
+        for part in (layer.attention.query, layer.attention.key, layer.attention.value)
+    )
+    return rotate(query, *rotary), rotate(key, *rotary), value
 
 
 def _finish(layer: TextLayer, config: TextConfig, x: jax.Array, mixed: jax.Array) -> jax.Array:
     """Everything after a layer's attention."""
-    x = x + linear(layer.attention.out, mixed, num_inputs=2)
+    x = x + linear(layer.attention.out, jnp.swapaxes(mixed, 1, 2), num_inputs=2)
     return x + gated_mlp(layer.mlp, rms_norm(layer.mlp_norm, x, config.norm_eps))
 
 

@@ -28,7 +28,7 @@ from rdt2_jax.qwen2_5_vl.grid import Grid, Windows, check_grid, patch_positions,
 
 @struct.dataclass
 class VisionAttention:
-    """One matrix for queries, keys and values, kernel (embed, 3, heads, head_dim), and the output projection."""
+    """One matrix for queries, keys and values, weight (heads, 3, head_dim, embed), and the output projection."""
 
     qkv: Linear
     out: Linear
@@ -91,7 +91,7 @@ def vision_specs(config: VisionConfig, dtype: Any = jnp.float32) -> VisionParams
     block = VisionBlock(
         attention_norm=norm_specs(width, dtype),
         attention=VisionAttention(
-            qkv=linear_specs(embed, ((None, 3), *heads), bias=True, dtype=dtype),
+            qkv=linear_specs(embed, (heads[0], (None, 3), heads[1]), bias=True, dtype=dtype),
             out=linear_specs(heads, embed, bias=True, dtype=dtype),
         ),
         mlp_norm=norm_specs(width, dtype),
@@ -239,31 +239,31 @@ def _block(
     """One block; `table` says which windows to attend in, None the whole image."""
     normalized = rms_norm(block.attention_norm, x, config.norm_eps)
     qkv = linear(block.attention.qkv, normalized)
-    query, key, value = (qkv[:, :, i] for i in range(3))
+    query, key, value = (jnp.swapaxes(qkv[..., i, :], 1, 2) for i in range(3))
     query, key = rotate(query, *rotary), rotate(key, *rotary)
     mixed = (
         attention(query, key, value, backend=compute.attention, query_chunk=compute.query_chunk)
         if table is None
         else _windowed_attention(query, key, value, compute, table)
     )
-    x = x + linear(block.attention.out, mixed, num_inputs=2)
+    x = x + linear(block.attention.out, jnp.swapaxes(mixed, 1, 2), num_inputs=2)
     return x + gated_mlp(block.mlp, rms_norm(block.mlp_norm, x, config.norm_eps))
 
 
 def _windowed_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, compute: Compute, table: Windows
 ) -> jax.Array:
-    """Attention within windows of ordered patches: (B, patches, heads, head_dim), the windows as a batch."""
-    batch, patches, *head = query.shape
+    """Attention within windows of ordered patches: (B, heads, patches, head_dim), the windows as a batch."""
+    batch, heads, patches, head_dim = query.shape
     count, size = table.members.shape
 
     def gather(x: jax.Array) -> jax.Array:
-        ordered = x if table.all_whole else x[:, table.members.reshape(-1)]
-        return ordered.reshape(batch * count, size, *head)
+        ordered = x if table.all_whole else x[:, :, table.members.reshape(-1)]
+        split = ordered.reshape(batch, heads, count, size, head_dim)
+        return jnp.swapaxes(split, 1, 2).reshape(batch * count, heads, size, head_dim)
 
     valid = None if table.all_whole else jnp.tile(table.valid, (batch, 1))
-    mixed = attention(
-        gather(query), gather(key), gather(value), backend=compute.attention, key_valid=valid,
-        query_chunk=compute.query_chunk,
-    ).reshape(batch, count * size, *head)
-    return mixed if table.all_whole else mixed[:, table.places]
+    mixed = attention(gather(query), gather(key), gather(value), backend=compute.attention, key_valid=valid)
+    mixed = jnp.swapaxes(mixed.reshape(batch, count, heads, size, head_dim), 1, 2)
+    mixed = mixed.reshape(batch, heads, count * size, head_dim)
+    return mixed if table.all_whole else mixed[:, :, table.places]

@@ -7,17 +7,7 @@ older names are written.
 from __future__ import annotations
 
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, TextConfig, VisionConfig
-from rdt2_jax.weights.ops import (
-    Op,
-    Split,
-    chain,
-    convolution_as_linear,
-    heads_bias,
-    heads_in,
-    heads_out,
-    identity,
-    transpose,
-)
+from rdt2_jax.weights.ops import Op, Permute, Split, chain, identity, merge
 from rdt2_jax.weights.table import Ignored, IndexMap, Row, Table
 
 _PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
@@ -56,73 +46,62 @@ def qwen2_5_vl_table(
 
 def _text_rows(config: TextConfig) -> tuple[Row, ...]:
     source, leaf = "model.layers.{i}", "text.layers"
-    out = heads_out(config.num_heads, config.head_dim), heads_bias(config.num_heads, config.head_dim)
-    kv_out = heads_out(config.num_kv_heads, config.head_dim), heads_bias(config.num_kv_heads, config.head_dim)
-    projections = (("q", "query", out), ("k", "key", kv_out), ("v", "value", kv_out))
+    heads = Split(0, (config.num_heads, config.head_dim))
+    kv_heads = Split(0, (config.num_kv_heads, config.head_dim))
+    joined_heads = Split(1, (config.num_heads, config.head_dim))
+    projections = (("q", "query", heads), ("k", "key", kv_heads), ("v", "value", kv_heads))
     return (
         Row("model.embed_tokens.weight", "text.embedding"),
         Row(f"{source}.input_layernorm.weight", f"{leaf}.attention_norm"),
         *(
             row
-            for short, name, (kernel, bias) in projections
-            for row in _linear(f"{source}.self_attn.{short}_proj", f"{leaf}.attention.{name}", kernel, bias)
+            for short, name, split in projections
+            for row in _linear(f"{source}.self_attn.{short}_proj", f"{leaf}.attention.{name}", split, split)
         ),
-        Row(
-            f"{source}.self_attn.o_proj.weight",
-            f"{leaf}.attention.out.kernel",
-            heads_in(config.num_heads, config.head_dim),
-        ),
+        Row(f"{source}.self_attn.o_proj.weight", f"{leaf}.attention.out.weight", joined_heads),
         Row(f"{source}.post_attention_layernorm.weight", f"{leaf}.mlp_norm"),
-        *(
-            Row(f"{source}.mlp.{part}_proj.weight", f"{leaf}.mlp.{part}.kernel", transpose)
-            for part in ("gate", "up", "down")
-        ),
+        *(Row(f"{source}.mlp.{part}_proj.weight", f"{leaf}.mlp.{part}.weight") for part in ("gate", "up", "down")),
     )
 
 
 def _vision_rows(config: VisionConfig) -> tuple[Row, ...]:
     size = config.group_size
-    firsts = range(0, config.depth, size)
-    windowed = [[first + i for i in range(size - 1)] for first in firsts]
+    windowed = [[first + i for i in range(size - 1)] for first in range(0, config.depth, size)]
+    # the published convolution has its stride as its kernel: a matrix over whole patches
+    window = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
     return (
-        Row("visual.patch_embed.proj.weight", "vision.patch.kernel", _patch_kernel(config)),
+        Row("visual.patch_embed.proj.weight", "vision.patch.weight", merge(1, window)),
         *(_block_rows(config, "windowed", windowed) if size > 1 else ()),
         *_block_rows(config, "full", list(config.full_attention_blocks)),
         Row("visual.merger.ln_q.weight", "vision.merger.norm"),
-        *_linear("visual.merger.mlp.0", "vision.merger.up", transpose, identity),
-        *_linear("visual.merger.mlp.2", "vision.merger.down", transpose, identity),
+        *_linear("visual.merger.mlp.0", "vision.merger.up"),
+        *_linear("visual.merger.mlp.2", "vision.merger.down"),
     )
 
 
 def _block_rows(config: VisionConfig, kind: str, blocks: IndexMap) -> tuple[Row, ...]:
     source, leaf = "visual.blocks.{i}", f"vision.blocks.{kind}"
     heads = config.num_heads, config.head_dim
-    fused = chain(transpose, Split(1, (3, *heads)))
-    pairs = (
-        *_linear(f"{source}.attn.qkv", f"{leaf}.attention.qkv", fused, Split(0, (3, *heads)), blocks),
-        *_linear(f"{source}.attn.proj", f"{leaf}.attention.out", heads_in(*heads), identity, blocks),
+    fused = chain(Split(0, (3, *heads)), Permute((1, 0, 2, 3)))
+    fused_bias = chain(Split(0, (3, *heads)), Permute((1, 0, 2)))
+    return (
+        Row(f"{source}.norm1.weight", f"{leaf}.attention_norm", stacked={"i": blocks}),
+        *_linear(f"{source}.attn.qkv", f"{leaf}.attention.qkv", fused, fused_bias, blocks),
+        *_linear(f"{source}.attn.proj", f"{leaf}.attention.out", Split(1, heads), identity, blocks),
+        Row(f"{source}.norm2.weight", f"{leaf}.mlp_norm", stacked={"i": blocks}),
         *(
             row
             for part in ("gate", "up", "down")
-            for row in _linear(f"{source}.mlp.{part}_proj", f"{leaf}.mlp.{part}", transpose, identity, blocks)
+            for row in _linear(f"{source}.mlp.{part}_proj", f"{leaf}.mlp.{part}", blocks=blocks)
         ),
     )
-    return (
-        Row(f"{source}.norm1.weight", f"{leaf}.attention_norm", stacked={"i": blocks}),
-        Row(f"{source}.norm2.weight", f"{leaf}.mlp_norm", stacked={"i": blocks}),
-        *pairs,
-    )
 
 
-def _linear(source: str, leaf: str, kernel: Op, bias: Op, blocks: IndexMap | None = None) -> tuple[Row, Row]:
+def _linear(
+    source: str, leaf: str, weight: Op = identity, bias: Op = identity, blocks: IndexMap | None = None
+) -> tuple[Row, Row]:
     stacked = {} if blocks is None else {"i": blocks}
     return (
-        Row(f"{source}.weight", f"{leaf}.kernel", kernel, stacked=stacked),
+        Row(f"{source}.weight", f"{leaf}.weight", weight, stacked=stacked),
         Row(f"{source}.bias", f"{leaf}.bias", bias, stacked=stacked),
     )
-
-
-def _patch_kernel(config: VisionConfig) -> Op:
-    """The convolution over whole patches (out, channels, frames, height, width) as a matrix (patch_dim, out)."""
-    size = config.patch_size
-    return convolution_as_linear((config.in_channels, config.temporal_patch_size, size, size))

@@ -483,7 +483,8 @@ class TestMemory:
         bound = one["nbytes"] + one["largest_leaf_bytes"] + one["largest_tensor_bytes"] + SLACK
         for way in ("one device", "eight devices"):
             growth = measured[way]["growth"]
-            assert growth >= one["nbytes"], f"{way}: the measure does not see the parameters themselves"
+            # less the slack: a process reuses memory that it had freed before the measurement began
+            assert growth >= one["nbytes"] - SLACK, f"{way}: the measure does not see the parameters themselves"
             assert growth <= bound, f"{way}: grew by {growth / MIB:.0f} MiB, the bound is {bound / MIB:.0f} MiB"
         # the control: a load of everything at once exceeds the bound, so the bound means something
         assert measured["everything at once"]["growth"] > bound + 100 * MIB

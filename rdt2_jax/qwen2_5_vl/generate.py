@@ -1,0 +1,133 @@
+"""Text after a prompt, token by token, in one compiled loop of static shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rdt2_jax.errors import ConfigError
+from rdt2_jax.layers.compute import Compute
+from rdt2_jax.qwen2_5_vl import text as text_model
+from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig
+from rdt2_jax.qwen2_5_vl.model import ModelInputs, Qwen25VLParams, prefill
+from rdt2_jax.qwen2_5_vl.sampling import GREEDY, Sampling, choose
+
+
+@struct.dataclass
+class Generated:
+    """What was generated.
+
+    Attributes:
+        tokens: int32 (B, max_new_tokens); `pad_id` after a row's stop token.
+        lengths: int32 (B,): tokens of each row, its stop token included.
+        stopped: bool (B,): False where `max_new_tokens` came before a stop token.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+
+
+@struct.dataclass
+class _State:
+    """Carried from one token to the next. `token` is the last one chosen, not yet run through the decoder."""
+
+    step: jax.Array
+    token: jax.Array
+    tokens: jax.Array
+    stopped: jax.Array
+    cache: Any
+    key: jax.Array | None
+
+
+def generate(
+    params: Qwen25VLParams,
+    config: Qwen25VLConfig,
+    inputs: ModelInputs,
+    compute: Compute,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    allowed_ids: jax.Array | None = None,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+) -> Generated:
+    """Continues a batch of prompts. To be called under jit, where all but params, inputs, allowed_ids and key is static.
+
+    Args:
+        params: the model; with a tree per layer (`model.unstacked`) it is fastest on one device.
+        config: its shape.
+        inputs: prompts, padded on the left.
+        compute: how to compute it.
+        max_new_tokens: tokens at most.
+        stop_ids: a row is finished with the first of these.
+        pad_id: fills a row after its stop token.
+        allowed_ids: int (n,): nothing else can be chosen, and only the logits of these are computed. Name the stop
+            tokens among them.
+        sampling: greedy, or how to draw.
+        key: PRNG key for drawing.
+
+    Raises:
+        ConfigError: no tokens are asked for, or drawing without a key.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError("nothing to generate", where="max_new_tokens", expected="1 or more", found=max_new_tokens)
+    if not sampling.greedy and key is None:
+        raise ConfigError("drawing needs a PRNG key", where="key", fix="pass key=jax.random.key(seed)")
+    batch, length = inputs.input_ids.shape
+    rows = None
+    if allowed_ids is not None:
+        rows = jnp.take(text_model.output_table(params.text), allowed_ids, axis=0)
+
+    def next_token(hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        key, now = (None, None) if key is None else jax.random.split(key)
+        chosen = choose(text_model.logits(params.text, config.text, hidden[:, -1], rows), sampling, now)
+        return (chosen if allowed_ids is None else allowed_ids[chosen].astype(jnp.int32)), key
+
+    def record(state: _State) -> _State:
+        """Writes the chosen token down; rows that stopped earlier get padding."""
+        token = jnp.where(state.stopped, pad_id, state.token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
+        stopped = state.stopped | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
+        return state.replace(step=state.step + 1, token=token, tokens=tokens, stopped=stopped)
+
+    def advance(state: _State) -> _State:
+        slot = length + state.step - 1
+        embeddings = text_model.embed_tokens(params.text, state.token[:, None], compute)
+        position = jnp.broadcast_to((inputs.following + state.step - 1)[None, :, None], (3, batch, 1))
+        valid = jnp.concatenate([inputs.valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
+        valid &= jnp.arange(length + max_new_tokens) <= slot
+        hidden, cache = text_model.decode_step(
+            params.text, config.text, embeddings, position, valid, state.cache, slot, compute
+        )
+        token, key = next_token(hidden, state.key)
+        return record(state.replace(token=token, cache=cache, key=key))
+
+    prompt = prefill(params, config, inputs, compute)
+    token, key = next_token(prompt.hidden, key)
+    first = _State(
+        step=jnp.zeros((), jnp.int32),
+        token=token,
+        tokens=jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        cache=text_model.new_cache(prompt.keys_values, length + max_new_tokens),
+        key=key,
+    )
+    last = jax.lax.while_loop(
+        lambda state: (state.step < max_new_tokens) & ~jnp.all(state.stopped), advance, record(first)
+    )
+    is_stop = jnp.isin(last.tokens, jnp.asarray(stop_ids, jnp.int32))
+    until_stop = jnp.where(is_stop.any(axis=1), jnp.argmax(is_stop, axis=1) + 1, max_new_tokens)
+    return Generated(last.tokens, until_stop.astype(jnp.int32), last.stopped)
+
+
+generate_jit = jax.jit(
+    generate,
+    static_argnums=(1, 3),
+    static_argnames=("max_new_tokens", "stop_ids", "pad_id", "sampling"),
+)
+"""`generate` under jit."""

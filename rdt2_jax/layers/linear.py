@@ -66,10 +66,31 @@ def linear_specs(
     return Linear(weight, ParamSpec(shape[:own], axes[:own], zeros, dtype, tuple(axes[:own] for axes in fallbacks)))
 
 
-def gated_mlp_specs(width: int, hidden: int, *, bias: bool, dtype: Any = jnp.float32) -> GatedMLP:
-    """The declaration of a gated MLP from `width` through `hidden` and back."""
-    into = linear_specs((("embed", width),), (("mlp", hidden),), bias=bias, dtype=dtype)
-    out_of = linear_specs((("mlp", hidden),), (("embed", width),), bias=bias, dtype=dtype)
+def gated_mlp_specs(
+    width: int, hidden: int, *, bias: bool, dtype: Any = jnp.float32, may_replicate: bool = False
+) -> GatedMLP:
+    """The declaration of a gated MLP from `width` through `hidden` and back.
+
+    Args:
+        width, hidden: sizes.
+        bias: whether the three maps have one.
+        dtype: of the stored parameters.
+        may_replicate: where `hidden` does not divide by its mesh axes, keep it whole on each of them (reported).
+    """
+    into = linear_specs(
+        (("embed", width),),
+        (("mlp", hidden),),
+        bias=bias,
+        dtype=dtype,
+        fallbacks=((None, "embed"),) if may_replicate else (),
+    )
+    out_of = linear_specs(
+        (("mlp", hidden),),
+        (("embed", width),),
+        bias=bias,
+        dtype=dtype,
+        fallbacks=(("embed", None),) if may_replicate else (),
+    )
     return GatedMLP(gate=into, up=into, down=out_of)
 
 
@@ -86,7 +107,8 @@ def linear(layer: Linear, x: jax.Array, num_inputs: int = 1) -> jax.Array:
     """
     weight = layer.weight
     if isinstance(weight, Int8Weight):
-        y = _contract(x, weight.values, num_inputs) * weight.scale.astype(x.dtype)
+        # in float32: rounded to 16 bits, a scale would be off by as much for its whole channel
+        y = (_contract(x, weight.values, num_inputs).astype(jnp.float32) * weight.scale).astype(x.dtype)
     else:
         y = _contract(x, weight, num_inputs)
     return y if layer.bias is None else y + layer.bias.astype(x.dtype)

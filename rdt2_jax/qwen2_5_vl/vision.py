@@ -95,7 +95,8 @@ def vision_specs(config: VisionConfig, dtype: Any = jnp.float32) -> VisionParams
             out=linear_specs(heads, embed, bias=True, dtype=dtype),
         ),
         mlp_norm=norm_specs(width, dtype),
-        mlp=gated_mlp_specs(width, config.intermediate_size, bias=True, dtype=dtype),
+        # the published 3420 does not divide by 8
+        mlp=gated_mlp_specs(width, config.intermediate_size, bias=True, dtype=dtype, may_replicate=True),
     )
     windowed = config.group_size - 1
     return VisionParams(

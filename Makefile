@@ -9,6 +9,9 @@ EXTRAS := train,sim,dev
 # CPU build of this version into .venv first.
 TORCH := torch==2.13.0
 
+# Processes that share the tests out; each needs about 3 GB.
+WORKERS := 2
+
 .DEFAULT_GOAL := help
 .PHONY: help install system demo test check format lint types contracts wheel-test bench soak test-next constraints clean
 
@@ -34,7 +37,7 @@ demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a p
 	$(BIN)/python examples/tokenizer_demo.py --out out/demo
 
 test: $(PEER) system  ## Run the tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
 
 check: $(READY) format lint types contracts test wheel-test  ## Format, lint, types, import contracts, tests: what CI runs
 
@@ -53,8 +56,9 @@ contracts: $(READY)
 wheel-test: $(READY)  ## Build the wheel and use it, and the editable install, from another folder
 	sh tools/wheel_test.sh $(abspath $(BIN)/python)
 
-bench: $(PEER)  ## Speed against torch with the same layers, weights and threads
+bench: $(PEER)  ## Speed against torch and transformers with the same layers, weights and threads
 	$(BIN)/python benchmarks/action_tokenizer.py
+	$(BIN)/python benchmarks/qwen2_5_vl.py
 
 soak: $(PEER)  ## Long tests, among them training the tokenizer from scratch to its stated quality
 	$(BIN)/python -m pytest -q -m slow
@@ -66,7 +70,7 @@ test-next:  ## The fast suite on Python 3.12 and the newest jax
 	@test -n "$(PYTHON_NEXT)" || { echo "no Python 3.12 found: make test-next PYTHON_NEXT=/path/to/python3.12"; exit 1; }
 	$(PYTHON_NEXT) -m venv .venv-next
 	.venv-next/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[$(EXTRAS)]'
-	.venv-next/bin/python -m pytest -q -m 'not slow and not torch_peer'
+	.venv-next/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow and not torch_peer'
 
 constraints: $(READY)  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | grep -vE '^(pip|setuptools)==' > constraints.txt

@@ -10,7 +10,21 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_ROOMS = ("action_tokenizer", "actions", "checkpoints", "config", "errors", "io", "params", "sharding", "weights")
+_ROOMS = (
+    "action_tokenizer",
+    "actions",
+    "checkpoints",
+    "config",
+    "errors",
+    "hub",
+    "io",
+    "layers",
+    "params",
+    "quantization",
+    "qwen2_5_vl",
+    "sharding",
+    "weights",
+)
 
 try:
     __version__ = version("rdt2-jax")

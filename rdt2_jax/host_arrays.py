@@ -13,7 +13,6 @@ from jax.sharding import Sharding
 
 from rdt2_jax.errors import DataError, ShardingError
 
-
 _ALIGNMENT = 64
 """What jax's CPU client asks of memory that it shares."""
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from rdt2_jax.errors import CheckpointError, missing_extra
 
@@ -41,7 +42,7 @@ def model_folder(name: str | os.PathLike[str], *, needs: Sequence[str] = (), wan
     """
     text = os.fspath(name)
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         _require_files(folder, needs, fix="copy them there from where the model was published")
         return folder
     found = _HUB_NAME.fullmatch(text)
@@ -50,7 +51,7 @@ def model_folder(name: str | os.PathLike[str], *, needs: Sequence[str] = (), wan
             "not a model folder, and not a name on the hub",
             where=text,
             expected="an existing folder, or organisation/name[@revision]",
-            found="a file" if folder.exists() else "no such folder",
+            found="a file" if folder.is_file() else "no such folder",
         )
     return _from_hub(found["repository"], found["revision"], needs, wants)
 
@@ -61,7 +62,8 @@ def _from_hub(repository: str, revision: str | None, needs: Sequence[str], wants
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise missing_extra("huggingface_hub", "model", f"the hub name {repository}") from error
-    http_error = errors.HfHubHTTPError.__bases__[0]  # of whichever library the hub's client is built on
+    # of whichever library the hub's client is built on
+    http_error = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
     where = repository if revision is None else f"{repository}@{revision}"
     try:
         folder = huggingface_hub.snapshot_download(
@@ -99,7 +101,7 @@ def _unreachable(
     where: str, repository: str, needs: Sequence[str], wants: Sequence[str], error: Exception
 ) -> CheckpointError:
     folder = repository.split("/")[1]
-    also = f" (and, where there are any, {', '.join(wants)})" if wants else ""
+    also = f" (and what the repository has of {', '.join(wants)})" if wants else ""
     first_line = next(iter(str(error).strip().splitlines()), "no message")
     return CheckpointError(
         "the hub did not give the model, and the cache does not have it",

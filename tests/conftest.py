@@ -54,6 +54,13 @@ def golden() -> Iterator[Callable[[str, str], Mapping[str, np.ndarray]]]:
         yield load
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests over eight devices run one after the other, in one worker: each of them is eight threads already."""
+    for item in items:
+        if "eight_devices" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("eight devices"))
+
+
 @pytest.fixture(scope="session")
 def eight_devices() -> list[Any]:
     """Eight jax devices; their absence fails the test, so that no multi-device test is ever skipped unseen."""

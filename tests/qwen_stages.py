@@ -56,7 +56,7 @@ def model_inputs(config: Qwen25VLConfig, prompts: Prompts) -> model.ModelInputs:
 def port_stages(
     params: model.Qwen25VLParams, config: Qwen25VLConfig, prompts: Prompts, compute: Compute | None = None
 ) -> dict[str, np.ndarray]:
-    """Everything in `TOLERANCES` as the port computes it. Traced anew on every call, so that patches of its code count."""
+    """Everything in `TOLERANCES` as the port computes it; traced anew on every call, so that patches of it count."""
     compute = Compute() if compute is None else compute
     inputs = model_inputs(config, prompts)
     table = grids.windows.__wrapped__(config.vision, prompts.grid)

@@ -3,6 +3,7 @@
 from rdt2_jax.checkpoints.envelope import DamagedCheckpointError, is_checkpoint, read_metadata, stored_items
 from rdt2_jax.checkpoints.reading import (
     PartialRestore,
+    StoredLeaves,
     host_target,
     restore,
     restore_partial,
@@ -19,6 +20,7 @@ __all__ = [
     "DamagedCheckpointWarning",
     "PartialRestore",
     "Resumed",
+    "StoredLeaves",
     "StreamedSave",
     "host_target",
     "is_checkpoint",

@@ -93,6 +93,30 @@ def restore_streamed(
     return ((name, _read_leaves(stored, wanted, (name,))[name]) for name in wanted)
 
 
+class StoredLeaves:
+    """An item, opened once, whose leaves are then read to the host one at a time.
+
+    Attributes:
+        abstract: dotted leaf name -> stored shape and dtype.
+
+    Raises:
+        CheckpointError: there is no such checkpoint or item, or it is damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], item: str) -> None:
+        self._stored = _open_item(Path(directory), item)
+        self.abstract: Mapping[str, jax.ShapeDtypeStruct] = self._stored.leaves
+
+    def read(self, name: str) -> np.ndarray:
+        """One leaf as it is stored, verified. PRNG keys are their uint32 key data.
+
+        Raises:
+            DamagedCheckpointError: files are missing, truncated or altered.
+        """
+        leaf = self.abstract[name]
+        return _read_leaves(self._stored, {name: _Wanted(tuple(leaf.shape), leaf.dtype, None)}, (name,))[name]
+
+
 def host_target(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """A restore target of this shape and dtype that stays on the host, and takes no memory itself."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)

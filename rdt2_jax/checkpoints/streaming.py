@@ -7,9 +7,11 @@ and `restore` puts them together again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,11 +30,11 @@ from rdt2_jax.errors import CheckpointError, DataError
 from rdt2_jax.io.files import atomic_directory
 from rdt2_jax.problems import Problems
 
-DEFAULT_GROUP_BYTES = 1 << 28
+DEFAULT_GROUP_BYTES = 1 << 26
 """Small beside the largest leaf of a large model, and large beside what a write costs in itself."""
 
 _CHUNK_BYTES = 1 << 23
-"""Arrays are cut into chunks of at most this size. The storage library reads up to 128 of them ahead: 1 GiB."""
+"""Arrays are cut into chunks of at most this size: what is compressed and not yet on disk is a few of them."""
 
 _NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
@@ -191,9 +193,24 @@ def _write_group(
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), shared)
     # one file per chunk: the single-file format keeps a whole compressed part in memory until it is complete
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    with write_failures(path), ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), write_failures(path), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(epath.Path(path), args=ocp.args.PyTreeSave(shared, save_args=save_args))
     return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops the warning with which Orbax tells that there is no single-file format to finish."""
+
+    def unexpected(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(unexpected)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unexpected)
 
 
 def _as_announced(name: str, array: np.ndarray | jax.Array, announced: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:

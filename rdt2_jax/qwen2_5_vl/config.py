@@ -102,7 +102,9 @@ class VisionConfig(FrozenConfig):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 4:
-            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4: half of it turns by row, half by column")
+            raise ValueError(
+                f"head_dim {self.head_dim} must be a multiple of 4: half of it turns by row, half by column"
+            )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
             raise ValueError(
                 f"window_size {self.window_size} is not a multiple of patch_size * spatial_merge_size "
@@ -263,9 +265,7 @@ def from_published(published: Mapping[str, Any], where: str = CONFIG_FILE) -> Qw
             "intermediate_size": reader.get(("vision_config", "intermediate_size")),
             "out_hidden_size": reader.get(("vision_config", "out_hidden_size")),
             "full_attention_blocks": reader.get(("vision_config", "fullatt_block_indexes")),
-            "in_channels": reader.find(
-                ("vision_config", "in_channels"), reader.find(("vision_config", "in_chans"), 3)
-            ),
+            "in_channels": reader.find(("vision_config", "in_channels"), reader.find(("vision_config", "in_chans"), 3)),
             "patch_size": reader.find(("vision_config", "patch_size"), 14),
             "temporal_patch_size": reader.find(("vision_config", "temporal_patch_size"), 2),
             "spatial_merge_size": reader.find(("vision_config", "spatial_merge_size"), 2),
@@ -305,7 +305,9 @@ def to_published(config: Qwen25VLConfig, dtype: str = "float32") -> dict[str, An
     vision, text = config.vision, config.text
     if vision.norm_eps != 1e-6:
         raise ConfigError(
-            "the published layout has no place for this epsilon", where="vision.norm_eps", expected=1e-6,
+            "the published layout has no place for this epsilon",
+            where="vision.norm_eps",
+            expected=1e-6,
             found=vision.norm_eps,
         )
     return {

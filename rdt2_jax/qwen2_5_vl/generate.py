@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def generate(
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
 ) -> Generated:
-    """Continues a batch of prompts. To be called under jit, where all but params, inputs, allowed_ids and key is static.
+    """Continues a batch of prompts. Under jit (`generate_jit`), all but params, inputs, allowed_ids and key is static.
 
     Args:
         params: the model; with a tree per layer (`model.unstacked`) it is fastest on one device.
@@ -79,9 +80,7 @@ def generate(
     if not sampling.greedy and key is None:
         raise ConfigError("drawing needs a PRNG key", where="key", fix="pass key=jax.random.key(seed)")
     batch, length = inputs.input_ids.shape
-    rows = None
-    if allowed_ids is not None:
-        rows = jnp.take(text_model.output_table(params.text), allowed_ids, axis=0)
+    rows = None if allowed_ids is None else text_model.output_rows(params.text, allowed_ids)
 
     def next_token(hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         key, now = (None, None) if key is None else jax.random.split(key)
@@ -93,7 +92,7 @@ def generate(
         token = jnp.where(state.stopped, pad_id, state.token)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
         stopped = state.stopped | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
-        return state.replace(step=state.step + 1, token=token, tokens=tokens, stopped=stopped)
+        return dataclasses.replace(state, step=state.step + 1, token=token, tokens=tokens, stopped=stopped)
 
     def advance(state: _State) -> _State:
         slot = length + state.step - 1
@@ -105,7 +104,7 @@ def generate(
             params.text, config.text, embeddings, position, valid, state.cache, slot, compute
         )
         token, key = next_token(hidden, state.key)
-        return record(state.replace(token=token, cache=cache, key=key))
+        return record(dataclasses.replace(state, token=token, cache=cache, key=key))
 
     prompt = prefill(params, config, inputs, compute)
     token, key = next_token(prompt.hidden, key)

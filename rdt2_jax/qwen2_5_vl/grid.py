@@ -144,9 +144,7 @@ def token_positions(
     return positions, following
 
 
-def _row_positions(
-    config: Qwen25VLConfig, ids: np.ndarray, grids: Sequence[Grid], row: int
-) -> tuple[np.ndarray, int]:
+def _row_positions(config: Qwen25VLConfig, ids: np.ndarray, grids: Sequence[Grid], row: int) -> tuple[np.ndarray, int]:
     """Positions (3, length) of a row without padding, and the next one."""
     merge = config.vision.spatial_merge_size
     if (ids == config.video_token_id).any():

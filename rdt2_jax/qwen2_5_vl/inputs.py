@@ -44,7 +44,7 @@ class Preprocessor:
         """Reads `config.json`, `tokenizer.json` and `preprocessor_config.json`.
 
         Raises:
-            ConfigError: a file is missing or cannot be read, or they contradict each other.
+            ConfigError, CheckpointError: a file is missing or cannot be read, or they contradict each other.
         """
         path = Path(folder)
         return cls(read_config(path), Tokenizer.from_folder(path), read_processor_config(path))
@@ -124,6 +124,4 @@ class Preprocessor:
         row_grids = [[image.grid for image in images] for images in patches]
         positions, following = token_positions(self.config, batch.input_ids, batch.mask, row_grids)
         values = np.stack([[image.values for image in images] for images in patches]) if grids else None
-        return ModelInputs(
-            batch.input_ids, batch.mask, positions, following, values, grids.pop() if grids else None
-        )
+        return ModelInputs(batch.input_ids, batch.mask, positions, following, values, grids.pop() if grids else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -84,7 +85,8 @@ def unstacked(params: Qwen25VLParams, *, delete: bool = False) -> Qwen25VLParams
 def with_first_layers(params: Qwen25VLParams, count: int) -> Qwen25VLParams:
     """The first decoder layers alone, without final norm and head. Not for use inside jit (a stack is copied)."""
     layers = first_layers(params.text.layers, count)
-    return params.replace(text=params.text.replace(layers=layers, norm=None, head=None))
+    decoder = dataclasses.replace(params.text, layers=layers, norm=None, head=None)
+    return dataclasses.replace(params, text=decoder)
 
 
 def embed(params: Qwen25VLParams, config: Qwen25VLConfig, inputs: ModelInputs, compute: Compute) -> jax.Array:
@@ -123,7 +125,7 @@ def prefill(
     decoder = params.text
     if num_layers is not None:
         if isinstance(decoder.layers, tuple):
-            decoder = decoder.replace(layers=first_layers(decoder.layers, num_layers))
+            decoder = dataclasses.replace(decoder, layers=first_layers(decoder.layers, num_layers))
         text_model.require_layers(decoder, num_layers)
     embeddings = embed(params, config, inputs, compute)
     return text_model.prefill(decoder, config.text, embeddings, inputs.positions, inputs.valid, compute)

@@ -93,6 +93,18 @@ class ProcessorConfig(FrozenConfig):
         problems.raise_if_any(ConfigError, "the processor does not belong to the model")
 
 
+PUBLISHED = ProcessorConfig(
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    min_pixels=56 * 56,
+    max_pixels=14 * 14 * 4 * 16384,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+"""What the published Qwen2.5-VL checkpoints have in their `preprocessor_config.json`; for models made from scratch."""
+
+
 @dataclass(frozen=True, eq=False)
 class Patches:
     """One image as the vision tower reads it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from rdt2_jax.layers.norms import norm_specs, rms_norm
 from rdt2_jax.layers.rotary import frequencies, rotate
 from rdt2_jax.layers.stack import num_layers, over_layers, unstack
 from rdt2_jax.params import ParamSpec, stack
+from rdt2_jax.quantization import Int8Weight
 from rdt2_jax.qwen2_5_vl.config import TextConfig
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -51,7 +53,7 @@ class TextParams:
         embedding: (vocab, embed).
         layers: `TextLayer` stacked on a leading axis, or a tuple of them.
         norm: (embed,); None in a decoder that only gives keys and values.
-        head: (vocab, embed); None where embeddings are tied, or there is no `norm`.
+        head: (vocab, embed), an array or an `Int8Weight`; None where embeddings are tied, or there is no `norm`.
     """
 
     embedding: Any
@@ -122,7 +124,7 @@ def text_specs(config: TextConfig, dtype: Any = jnp.float32, *, with_head: bool 
 
 def unstack_text(params: TextParams, *, delete: bool = False) -> TextParams:
     """The same parameters with a tree per layer, for inference on one device. Not for use inside jit."""
-    return params.replace(layers=unstack(params.layers, delete=delete))
+    return dataclasses.replace(params, layers=unstack(params.layers, delete=delete))
 
 
 def embed_tokens(params: TextParams, input_ids: jax.Array, compute: Compute) -> jax.Array:
@@ -194,7 +196,12 @@ def prefill(
     def body(x: jax.Array, layer: TextLayer, _: Any) -> tuple[jax.Array, tuple[KeysValues, Any]]:
         query, key, value = _project(layer, config, x, rotary)
         mixed = attention(
-            query, key, value, backend=compute.attention, key_valid=valid, causal=True,
+            query,
+            key,
+            value,
+            backend=compute.attention,
+            key_valid=valid,
+            causal=True,
             query_chunk=compute.query_chunk,
         )
         x = _finish(layer, config, x, mixed)
@@ -262,14 +269,16 @@ def decode_step(
     return over_layers(body, embeddings.astype(compute.dtype), params.layers, compute, cache)
 
 
-def logits(params: TextParams, config: TextConfig, hidden: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+def logits(
+    params: TextParams, config: TextConfig, hidden: jax.Array, rows: jax.Array | Int8Weight | None = None
+) -> jax.Array:
     """Final norm and output projection.
 
     Args:
         params: the decoder.
         config: its shape.
         hidden: (..., embed) after the last layer.
-        rows: (n, embed), the output projection's rows of the tokens of interest; None: all of them.
+        rows: (n, embed), the output projection's rows of the tokens of interest, see `output_rows`; None: all of them.
 
     Returns:
         float32 (..., vocab) or (..., n).
@@ -283,12 +292,19 @@ def logits(params: TextParams, config: TextConfig, hidden: jax.Array, rows: jax.
         )
     table = output_table(params) if rows is None else rows
     normalized = rms_norm(params.norm, hidden, config.norm_eps)
-    return jnp.einsum("...e,ve->...v", normalized, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    weight = table.values if isinstance(table, Int8Weight) else table
+    products = jnp.einsum("...e,ve->...v", normalized, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return products * table.scale if isinstance(table, Int8Weight) else products
 
 
-def output_table(params: TextParams) -> jax.Array:
+def output_table(params: TextParams) -> jax.Array | Int8Weight:
     """(vocab, embed): the rows with which hidden states are compared."""
     return params.embedding if params.head is None else params.head
+
+
+def output_rows(params: TextParams, token_ids: jax.Array) -> jax.Array | Int8Weight:
+    """(n, embed): the rows of `output_table` that belong to the tokens, int (n,)."""
+    return jax.tree.map(lambda part: jnp.take(part, token_ids, axis=0), output_table(params))
 
 
 def _project(

@@ -7,6 +7,7 @@ joins the patches of a token, and the tokens are put back into reading order at 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -46,10 +47,15 @@ class VisionBlock:
 
 @struct.dataclass
 class VisionGroups:
-    """All blocks: `windowed` is stacked (groups, group_size - 1, ...), `full` (groups, ...)."""
+    """All blocks, `VisionBlock`s in one of two layouts.
 
-    windowed: VisionBlock | tuple[VisionBlock, ...] | None
-    full: VisionBlock | tuple[VisionBlock, ...]
+    Attributes:
+        windowed: stacked (groups, group_size - 1, ...), or a tuple of tuples; None where every block is a full one.
+        full: stacked (groups, ...), or a tuple.
+    """
+
+    windowed: Any
+    full: Any
 
 
 @struct.dataclass
@@ -118,7 +124,8 @@ def unstack_vision(params: VisionParams, *, delete: bool = False) -> VisionParam
     windowed = params.blocks.windowed
     if windowed is not None:
         windowed = tuple(unstack(group, delete=delete) for group in unstack(windowed, delete=delete))
-    return params.replace(blocks=VisionGroups(windowed=windowed, full=unstack(params.blocks.full, delete=delete)))
+    blocks = VisionGroups(windowed=windowed, full=unstack(params.blocks.full, delete=delete))
+    return dataclasses.replace(params, blocks=blocks)
 
 
 def encode_images(
@@ -184,7 +191,7 @@ def _encode(
             expected=f"(batch, {expected[0]}, {expected[1]})",
             found=patches.shape,
         )
-    table = windows(config, grid)
+    table = windows(config, grid)  # pyright: ignore[reportArgumentType]
     angles = rotary_angles(config, grid)[table.patch_order]
     rotary = jnp.cos(angles), jnp.sin(angles)
     x = embed_patches(params, patches, compute)[:, table.patch_order]
@@ -255,7 +262,7 @@ def _windowed_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, compute: Compute, table: Windows
 ) -> jax.Array:
     """Attention within windows of ordered patches: (B, heads, patches, head_dim), the windows as a batch."""
-    batch, heads, patches, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     count, size = table.members.shape
 
     def gather(x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from rdt2_jax.weights.reports import LoadReport
 from rdt2_jax.weights.safetensors_files import SafetensorsFiles
 from rdt2_jax.weights.sources import TensorSource
 from rdt2_jax.weights.table import Binding, Plan, Table, bind
+
+EachTensor = Callable[[str, int], None]
 
 _PART_BYTES = 1 << 22
 
@@ -51,15 +53,19 @@ class PublishedLeaves:
         }
         self.report = _report(self._match)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, each_tensor: EachTensor | None = None) -> np.ndarray:
         """One leaf, in a new host buffer that starts where jax can share it.
 
         Beside the buffer, memory for one published tensor is needed.
 
+        Args:
+            name: dotted leaf name.
+            each_tensor: called as (published name, its bytes in the leaf) after every tensor that was read.
+
         Raises:
             CheckpointError: a value does not fit the leaf's dtype.
         """
-        return _filled(self._match, self._bindings[name], self._source)
+        return _filled(self._match, self._bindings[name], self._source, each_tensor)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one leaf."""
@@ -87,7 +93,9 @@ def published_leaves(
         yield PublishedLeaves(plan, files, dtype)
 
 
-def _filled(matched: Match, binding: Binding, source: TensorSource) -> np.ndarray:
+def _filled(
+    matched: Match, binding: Binding, source: TensorSource, each_tensor: EachTensor | None = None
+) -> np.ndarray:
     """A new host buffer with one leaf's values."""
     dtype = matched.dtypes[binding.leaf]
     if binding.constant is not None:
@@ -101,6 +109,8 @@ def _filled(matched: Match, binding: Binding, source: TensorSource) -> np.ndarra
         buffer[slot.index] = binding.op.apply(tensor)
         del tensor
         source.release(info.name)
+        if each_tensor is not None:
+            each_tensor(info.name, buffer[slot.index].nbytes)
     return buffer
 
 

@@ -102,7 +102,7 @@ def _leaf_dtype(binding: Binding, tensors: list[TensorInfo], policy: Any, proble
         # a file of integers for a floating leaf is another model, whatever the caller keeps
         wanted = stored[0] if _same_kind(stored[0], declared) else declared
     else:
-        wanted = _floating_dtype(policy)
+        wanted = floating_dtype(policy)
         wanted = wanted if jnp.issubdtype(declared, jnp.floating) else declared
     for dtype in stored:
         if ((keep or policy is None) and dtype != wanted) or not _same_kind(dtype, wanted):
@@ -114,7 +114,12 @@ def _leaf_dtype(binding: Binding, tensors: list[TensorInfo], policy: Any, proble
     return wanted
 
 
-def _floating_dtype(policy: Any) -> np.dtype:
+def floating_dtype(policy: Any) -> np.dtype:
+    """A dtype that a caller chose for floating leaves.
+
+    Raises:
+        CheckpointError: not a floating dtype.
+    """
     try:
         dtype = jnp.dtype(policy)
     except TypeError:

@@ -84,11 +84,10 @@ class TestFolders:
     @pytest.mark.parametrize("name", ["model", "/no/such/folder", "./org/model", "a/b/c", "org/", "org/model@", ""])
     def test_neither_folder_nor_hub_name(self, hub, tmp_path, monkeypatch, name):
         monkeypatch.chdir(fill(tmp_path))
-        if name:
-            with pytest.raises(CheckpointError, match="not a name on the hub") as error:
-                model_folder(name)
-            assert error.value.found == "no such folder"
-            assert error.value.where == name
+        with pytest.raises(CheckpointError, match="not a name on the hub") as error:
+            model_folder(name)
+        assert error.value.found == "no such folder"
+        assert error.value.where == name
         assert hub == []
 
     def test_a_file_is_not_a_folder(self, hub, tmp_path):

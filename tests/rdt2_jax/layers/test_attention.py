@@ -128,7 +128,9 @@ def test_cudnn_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(query, key, value, **{**options, "implementation": "xla"})  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-    heads = [x.astype(jnp.bfloat16) for x in (random_heads(0, HEADS), random_heads(1, KV_HEADS), random_heads(2, KV_HEADS))]
+    heads = [
+        x.astype(jnp.bfloat16) for x in (random_heads(0, HEADS), random_heads(1, KV_HEADS), random_heads(2, KV_HEADS))
+    ]
     valid = jnp.ones((BATCH, LENGTH), bool).at[1, :4].set(False)
     found = attention(*heads, backend=AttentionBackend.CUDNN, key_valid=valid, causal=True)
     assert asked["implementation"] == "cudnn"

@@ -174,9 +174,7 @@ def query_heads_dealt_round_to_key_heads(port: Port) -> None:
 @mistake
 def scores_not_scaled(port: Port) -> None:
     right = attention_room._grouped
-    port.patch.setattr(
-        attention_room, "_grouped", lambda query, *rest: right(query * query.shape[-1] ** 0.5, *rest)
-    )
+    port.patch.setattr(attention_room, "_grouped", lambda query, *rest: right(query * query.shape[-1] ** 0.5, *rest))
 
 
 @mistake

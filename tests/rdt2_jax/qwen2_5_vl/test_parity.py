@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module", params=GRIDS)
-def stages(request: pytest.FixtureRequest, pair: Pair) -> Iterator[dict[str, float]]:
+def stages(request: pytest.FixtureRequest, pair: Pair) -> dict[str, float]:
     """Differences by stage; rows have different lengths, so one of them is padded."""
     prompts = tiny_qwen.make_prompts(GRIDS[request.param])
     theirs = tiny_qwen.peer_stages(pair.peer, prompts)
-    yield differences(port_stages(pair.params, pair.config, prompts), theirs, prompts.mask)
+    return differences(port_stages(pair.params, pair.config, prompts), theirs, prompts.mask)
 
 
 @pytest.mark.parametrize("stage", TOLERANCES)

@@ -89,12 +89,8 @@ def test_sharded_gradients_equal_unsharded(
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
     expected = gradient(params, inputs, Compute(remat="full"))
-    found = gradient(
-        jax.device_put(params, shardings), laid_out(inputs, layout), Compute(remat="full", layout=layout)
-    )
-    for (path, a), b in zip(
-        jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True
-    ):
+    found = gradient(jax.device_put(params, shardings), laid_out(inputs, layout), Compute(remat="full", layout=layout))
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True):
         scale = float(jnp.abs(a).max())
         np.testing.assert_allclose(b, a, atol=2e-3 * scale + 1e-9, err_msg=jax.tree_util.keystr(path))
 
@@ -113,9 +109,7 @@ def test_sharded_generation_is_the_same_text(
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_looking_tokens_up_never_gathers_the_table(
-    sizes: dict[str, int], eight_devices: list[Any]
-) -> None:
+def test_looking_tokens_up_never_gathers_the_table(sizes: dict[str, int], eight_devices: list[Any]) -> None:
     """Read from the compiled program, with a table of the published length: nothing of its size travels."""
     config = preset("tiny")
     layout = Layout(make_mesh(sizes, eight_devices))

@@ -185,7 +185,7 @@ def _quantize(name: str, weight: Any, num_inputs: int) -> tuple[Int8Weight, floa
             fix="load the weights again; a damaged file or a diverged training run gives such values",
         )
     values = _values(weight, scale)
-    squares = float(_squares(weight, num_inputs))
+    squares = float(_squares(weight))
     error = (float(_squared_errors(weight, values, scale)) / squares) ** 0.5 if squares else 0.0
     return Int8Weight(values, scale), error
 
@@ -207,21 +207,14 @@ def _values(weight: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.round(weight.astype(jnp.float32) / divisor).astype(jnp.int8)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _squares(weight: jax.Array, num_inputs: int) -> jax.Array:
-    return _sum(weight.astype(jnp.float32) ** 2, num_inputs)
+@jax.jit
+def _squares(weight: jax.Array) -> jax.Array:
+    return jnp.sum(weight.astype(jnp.float32) ** 2)
 
 
 @jax.jit
 def _squared_errors(weight: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    errors = _dequantized(values, scale) - weight.astype(jnp.float32)
-    return _sum(errors**2, weight.ndim - scale.ndim)
-
-
-def _sum(x: jax.Array, num_inputs: int) -> jax.Array:
-    """Of all elements, by channel first: a single float32 sum over billions of them would stop growing."""
-    by_channel = jnp.sum(x, axis=tuple(range(x.ndim - num_inputs, x.ndim)))
-    return jnp.sum(jax.lax.optimization_barrier(by_channel))  # or XLA would make one sum of both
+    return jnp.sum((_dequantized(values, scale) - weight.astype(jnp.float32)) ** 2)
 
 
 def _dequantized(values: jax.Array, scale: jax.Array) -> jax.Array:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rdt2_jax.errors import ConfigError
 from rdt2_jax.layers.compute import Compute
 from rdt2_jax.layers.stack import first_layers
+from rdt2_jax.layers.stack import num_layers as stack_size
 from rdt2_jax.qwen2_5_vl import text as text_model
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig
 from rdt2_jax.qwen2_5_vl.grid import Grid
@@ -138,15 +140,31 @@ def keys_and_values(
     compute: Compute,
     *,
     num_layers: int | None = None,
+    kv_layers: tuple[int, ...] | None = None,
 ) -> KeysValues | tuple[KeysValues, ...]:
     """What the action expert reads: keys and values of the first layers; no final norm, no head.
 
-    As `prefill`.
+    Args:
+        params, config, inputs, compute, num_layers: as in `prefill`.
+        kv_layers: which layers' keys and values, in this order; None: those of all layers that are run.
 
     Returns:
         Of each layer, (B, kv_heads, length, head_dim) each: stacked on a leading axis, or a tuple, as the layers are.
+
+    Raises:
+        ConfigError: a stack with another number of layers, or a layer is asked for that is not run.
     """
-    return prefill(params, config, inputs, compute, num_layers=num_layers).keys_values
+    found = prefill(params, config, inputs, compute, num_layers=num_layers).keys_values
+    if kv_layers is None:
+        return found
+    available = stack_size(found)
+    if not kv_layers or not all(0 <= i < available for i in kv_layers):
+        raise ConfigError(
+            "keys and values of layers that are not run", expected=f"0 to {available - 1}", found=kv_layers
+        )
+    if isinstance(found, tuple):
+        return tuple(found[i] for i in kv_layers)
+    return jax.tree.map(lambda x: x[jnp.asarray(kv_layers)], found)
 
 
 def forward(params: Qwen25VLParams, config: Qwen25VLConfig, inputs: ModelInputs, compute: Compute) -> jax.Array:

@@ -211,7 +211,7 @@ def test_cached_decoding_equals_the_whole_sequence(pair: Pair, layout: str) -> N
 def test_first_layers_alone_give_the_keys_and_values_of_the_whole(pair: Pair) -> None:
     """What the action expert reads needs neither the later layers, nor the final norm, nor the head."""
     inputs = model_inputs(pair.config, tiny_qwen.make_prompts((1, 12, 10)))
-    run = jax.jit(model.keys_and_values, static_argnums=(1, 3), static_argnames="num_layers")
+    run = jax.jit(model.keys_and_values, static_argnums=(1, 3), static_argnames=("num_layers", "kv_layers"))
     whole = run(pair.params, pair.config, inputs, Compute())
     assert isinstance(whole, text.KeysValues)
     assert whole.key.shape == (4, 2, 2, inputs.input_ids.shape[1], 16)
@@ -223,9 +223,17 @@ def test_first_layers_alone_give_the_keys_and_values_of_the_whole(pair: Pair) ->
     assert any(name.startswith("model.layers.3.") for name in report.ignored)
     half = run(params, shorter, inputs, Compute(), num_layers=2)
     chex.assert_trees_all_close(half, jax.tree.map(lambda x: x[:2], whole), atol=1e-6)
-    unrolled = run(model.unstacked(pair.params), pair.config, inputs, Compute(), num_layers=2)
+    unstacked = model.unstacked(pair.params)
+    unrolled = run(unstacked, pair.config, inputs, Compute(), num_layers=2)
     assert isinstance(unrolled, tuple)
     chex.assert_trees_all_close(unrolled[1], jax.tree.map(lambda x: x[1], whole), atol=1e-5)
+    chosen = run(pair.params, pair.config, inputs, Compute(), kv_layers=(3, 1))
+    chex.assert_trees_all_close(chosen, jax.tree.map(lambda x: x[np.array([3, 1])], whole), atol=1e-5)
+    chosen = run(unstacked, pair.config, inputs, Compute(), kv_layers=(3, 1))
+    assert isinstance(chosen, tuple)
+    chex.assert_trees_all_close(chosen[0], jax.tree.map(lambda x: x[3], whole), atol=1e-5)
+    with pytest.raises(ConfigError, match="0 to 3"):
+        run(pair.params, pair.config, inputs, Compute(), kv_layers=(4,))
     with pytest.raises(ConfigError, match=r"num_layers=2"):
         run(pair.params, pair.config, inputs, Compute(), num_layers=2)
     with pytest.raises(ConfigError, match="no head"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,16 @@ WORDS = 490
 Grid = tuple[int, int, int]
 
 
-def peer_config(**text: Any) -> Any:
-    """The transformers configuration."""
+IDS = {"image": IMAGE_ID, "video": 501, "start": VISION_START_ID, "end": VISION_END_ID}
+
+
+def peer_config(ids: Mapping[str, int] = IDS, **text: Any) -> Any:
+    """The transformers configuration.
+
+    Args:
+        ids: of the control tokens.
+        text: fields of the decoder to set otherwise.
+    """
     from transformers import Qwen2_5_VLConfig
 
     tied = text.pop("tie_word_embeddings", False)
@@ -48,20 +56,20 @@ def peer_config(**text: Any) -> Any:
             "out_hidden_size": 64,
             "fullatt_block_indexes": [1, 3],
         },
-        image_token_id=IMAGE_ID,
-        video_token_id=501,
-        vision_start_token_id=VISION_START_ID,
-        vision_end_token_id=VISION_END_ID,
+        image_token_id=ids["image"],
+        video_token_id=ids["video"],
+        vision_start_token_id=ids["start"],
+        vision_end_token_id=ids["end"],
         tie_word_embeddings=tied,
     )
 
 
-def make_peer(seed: int = 0, **text: Any) -> Any:
-    """A transformers model with random weights, in evaluation mode."""
+def make_peer(seed: int = 0, ids: Mapping[str, int] = IDS, **text: Any) -> Any:
+    """A transformers model with random weights, in evaluation mode; arguments as for `peer_config`."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(peer_config(**text)).eval()
+    model = Qwen2_5_VLForConditionalGeneration(peer_config(ids, **text)).eval()
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

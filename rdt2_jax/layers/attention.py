@@ -145,9 +145,22 @@ def _fused(query: jax.Array, key: jax.Array, value: jax.Array, key_valid: jax.Ar
             found=query.dtype,
             fix="choose AttentionBackend.XLA, or a 16-bit dtype of activations",
         )
+    length, num_keys = query.shape[2], key.shape[2]
+    if (length % 2 or num_keys % 2) and key_valid is None:
+        key_valid = jnp.ones((1, num_keys), bool)
+    # with a mask, the kernel's backward pass takes even lengths alone; what is added is cut off and masked
+    query, key, value = (_padded_to_even(x, axis=2) for x in (query, key, value))
     mask = None
     if key_valid is not None:
+        key_valid = _padded_to_even(key_valid, axis=1)
         mask = jnp.broadcast_to(key_valid[:, None, None, :], (query.shape[0], 1, query.shape[2], key.shape[2]))
     swapped = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     mixed = jax.nn.dot_product_attention(*swapped, mask=mask, is_causal=causal, implementation="cudnn")
-    return jnp.swapaxes(mixed, 1, 2)
+    return jnp.swapaxes(mixed, 1, 2)[:, :, :length]
+
+
+def _padded_to_even(x: jax.Array, axis: int) -> jax.Array:
+    """One more slice of zeros (False) where there is an odd number."""
+    if x.shape[axis] % 2 == 0:
+        return x
+    return jnp.pad(x, [(0, int(i == axis)) for i in range(x.ndim)])

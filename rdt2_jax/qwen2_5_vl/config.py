@@ -252,6 +252,13 @@ def from_published(published: Mapping[str, Any], where: str = CONFIG_FILE) -> Qw
         )
     text: tuple[str, ...] = ("text_config",) if isinstance(published.get("text_config"), Mapping) else ()
     rope = next((k for k in ("rope_parameters", "rope_scaling") if reader.find((*text, k)) is not None), "rope_scaling")
+    # older files say "mrope" for what newer ones call the default; anything else scales the positions
+    reader.demand((*text, rope, "rope_type"), "default", "mrope")
+    reader.demand((*text, rope, "type"), "default", "mrope")
+    reader.demand(("vision_config", "rope_parameters", "rope_type"), "axial")
+    for path in ((*text, "head_dim"), ("vision_config", "head_dim")):
+        heads = "num_heads" if path[0] == "vision_config" else "num_attention_heads"
+        reader.demand(path, int(reader.get((*path[:-1], "hidden_size"))) // int(reader.get((*path[:-1], heads))))
     reader.demand((*text, "hidden_act"), "silu")
     reader.demand((*text, "use_sliding_window"), False)
     reader.demand(("vision_config", "hidden_act"), "silu")
@@ -378,10 +385,13 @@ class _Reader:
             raise ConfigError("a field is missing", where=self._where, expected=".".join(path))
         return value
 
-    def demand(self, path: tuple[str, ...], only: Any) -> None:
-        """Refuses any value but one of a field that may be missing."""
-        value = self.find(path, only)
-        if value != only:
+    def demand(self, path: tuple[str, ...], *allowed: Any) -> None:
+        """Refuses all but some values of a field that may be missing."""
+        value = self.find(path, allowed[0])
+        if value not in allowed:
             raise ConfigError(
-                "this port does not do that", where=f"{self._where}: {'.'.join(path)}", expected=only, found=value
+                "this port does not do that",
+                where=f"{self._where}: {'.'.join(path)}",
+                expected=" or ".join(map(str, allowed)),
+                found=value,
             )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from rdt2_jax.action_tokenizer.vocabulary import tokens_to_ids
 from rdt2_jax.errors import ConfigError
 from rdt2_jax.layers.compute import Compute
 from rdt2_jax.qwen2_5_vl import text as text_model
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig
 from rdt2_jax.qwen2_5_vl.model import ModelInputs, Qwen25VLParams, prefill
 from rdt2_jax.qwen2_5_vl.sampling import GREEDY, Sampling, choose
+from rdt2_jax.qwen2_5_vl.tokenizer import Tokenizer
 
 
 @struct.dataclass
@@ -84,7 +88,9 @@ def generate(
 
     def next_token(hidden: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         key, now = (None, None) if key is None else jax.random.split(key)
-        chosen = choose(text_model.logits(params.text, config.text, hidden[:, -1], rows), sampling, now)
+        chosen = choose(
+            text_model.logits(params.text, config.text, hidden[:, -1], rows, compute=compute), sampling, now
+        )
         return (chosen if allowed_ids is None else allowed_ids[chosen].astype(jnp.int32)), key
 
     def record(state: _State) -> _State:
@@ -124,9 +130,72 @@ def generate(
     return Generated(last.tokens, until_stop.astype(jnp.int32), last.stopped)
 
 
-generate_jit = jax.jit(
+_compiled = jax.jit(
     generate,
     static_argnums=(1, 3),
     static_argnames=("max_new_tokens", "stop_ids", "pad_id", "sampling"),
 )
-"""`generate` under jit."""
+
+
+def generate_jit(
+    params: Qwen25VLParams,
+    config: Qwen25VLConfig,
+    inputs: ModelInputs,
+    compute: Compute,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    allowed_ids: Sequence[int] | np.ndarray | jax.Array | None = None,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+) -> Generated:
+    """`generate`, compiled once for every shape of the inputs, with choices that are checked first.
+
+    Raises:
+        ConfigError: also for token ids outside the vocabulary, or nothing allowed.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise ConfigError("not a number of tokens", where="max_new_tokens", expected="an int", found=max_new_tokens)
+    vocabulary = config.text.vocab_size
+    stops = tuple(_checked_ids(stop_ids, "stop_ids", vocabulary).tolist())
+    allowed = None if allowed_ids is None else jnp.asarray(_checked_ids(allowed_ids, "allowed_ids", vocabulary))
+    (pad_id,) = _checked_ids((pad_id,), "pad_id", vocabulary).tolist()
+    return _compiled(
+        params,
+        config,
+        inputs,
+        compute,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stops,
+        pad_id=pad_id,
+        allowed_ids=allowed,
+        sampling=sampling,
+        key=key,
+    )
+
+
+def action_ids(tokenizer: Tokenizer, num_codes: int = 1024) -> np.ndarray:
+    """What may follow an action prompt: the ids of all action tokens, and the end marker `<|quad_end|>`.
+
+    Args:
+        tokenizer: of the model; action tokens are its last pieces, see `action_tokenizer.vocabulary`.
+        num_codes: codes of a codebook of the action tokenizer.
+
+    Returns:
+        int32 (num_codes + 1,), the end marker last.
+    """
+    ids = tokens_to_ids(np.arange(num_codes), tokenizer.num_pieces)
+    return np.append(ids, tokenizer.control.quad_end).astype(np.int32)
+
+
+def _checked_ids(ids: Any, where: str, vocabulary: int) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError("not a list of token ids", where=where, expected="one integer or more", found=ids)
+    outside = array[(array < 0) | (array >= vocabulary)]
+    if outside.size:
+        raise ConfigError(
+            "token ids outside the vocabulary", where=where, expected=f"0 to {vocabulary - 1}", found=outside.tolist()
+        )
+    return array.astype(np.int32)

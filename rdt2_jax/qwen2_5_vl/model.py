@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rdt2_jax.errors import ConfigError
+from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.layers.compute import Compute
 from rdt2_jax.layers.stack import first_layers
 from rdt2_jax.layers.stack import num_layers as stack_size
+from rdt2_jax.problems import Problems
 from rdt2_jax.qwen2_5_vl import text as text_model
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig
-from rdt2_jax.qwen2_5_vl.grid import Grid
+from rdt2_jax.qwen2_5_vl.grid import Grid, check_grid, num_tokens
 from rdt2_jax.qwen2_5_vl.text import KeysValues, Prefill, TextParams, text_specs
 from rdt2_jax.qwen2_5_vl.vision import VisionParams, encode_images, unstack_vision, vision_specs
 
@@ -92,15 +93,44 @@ def with_first_layers(params: Qwen25VLParams, count: int) -> Qwen25VLParams:
 
 
 def embed(params: Qwen25VLParams, config: Qwen25VLConfig, inputs: ModelInputs, compute: Compute) -> jax.Array:
-    """(B, length, hidden_size): embedded tokens with the image tokens in their places."""
+    """(B, length, hidden_size): embedded tokens with the image tokens in their places.
+
+    Raises:
+        DataError: the inputs' shapes do not fit each other; see also `inputs.check_inputs`, which looks at values.
+        ConfigError: images for a model without a vision tower.
+    """
+    _require_shapes(config, inputs)
     embeddings = text_model.embed_tokens(params.text, inputs.input_ids, compute)
-    if inputs.patches is None or params.vision is None or inputs.grid is None:
+    if inputs.patches is None or inputs.grid is None:
         return embeddings
+    if params.vision is None:
+        raise ConfigError(
+            "images for a model without a vision tower", where="patches", fix="load the model with vision=True"
+        )
     batch, images = inputs.patches.shape[:2]
     patches = inputs.patches.reshape(batch * images, *inputs.patches.shape[2:])
     tokens = encode_images(params.vision, config.vision, patches, inputs.grid, compute)
     tokens = tokens.reshape(batch, -1, tokens.shape[-1])
     return text_model.insert_images(embeddings, inputs.input_ids == config.image_token_id, tokens)
+
+
+def _require_shapes(config: Qwen25VLConfig, inputs: ModelInputs) -> None:
+    """What can be told about a batch from shapes alone, inside jit too."""
+    problems = Problems()
+    batch, length = inputs.input_ids.shape
+    for name, shape in (("valid", (batch, length)), ("positions", (3, batch, length)), ("following", (batch,))):
+        found = jnp.shape(getattr(inputs, name))
+        if found != shape:
+            problems.add(f"{name} is {found}, with input_ids of {(batch, length)} it must be {shape}")
+    if (inputs.patches is None) != (inputs.grid is None):
+        problems.add("patches and grid belong together: one of them is missing")
+    elif inputs.patches is not None and inputs.grid is not None:
+        found = inputs.patches.shape
+        if len(found) != 4 or found[0] != batch:
+            problems.add(f"patches are {found}, needed are ({batch}, images, patches, patch_dim)")
+        elif found[1] * num_tokens(config.vision, check_grid(config.vision, inputs.grid)) > length:
+            problems.add(f"{found[1]} images of grid {inputs.grid} have more tokens than a row, {length}")
+    problems.raise_if_any(DataError, "a batch whose parts do not fit each other", where="ModelInputs")
 
 
 def prefill(
@@ -170,4 +200,4 @@ def keys_and_values(
 def forward(params: Qwen25VLParams, config: Qwen25VLConfig, inputs: ModelInputs, compute: Compute) -> jax.Array:
     """Logits at every position: float32 (B, length, vocab). Large; training takes only the positions it needs."""
     hidden = prefill(params, config, inputs, compute).hidden
-    return text_model.logits(params.text, config.text, hidden)
+    return text_model.logits(params.text, config.text, hidden, compute=compute)

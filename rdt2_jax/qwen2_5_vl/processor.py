@@ -24,6 +24,7 @@ from rdt2_jax.config import FrozenConfig, PositiveInt, parse_config
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.problems import Problems
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig
+from rdt2_jax.qwen2_5_vl.grid import Grid
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -32,9 +33,6 @@ COMBINED_FILE = "processor_config.json"
 
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side; images beyond it are refused, as in the published processor."""
-
-Grid = tuple[int, int, int]
-"""Patches of an image along time, height and width."""
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 

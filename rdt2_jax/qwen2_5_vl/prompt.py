@@ -21,7 +21,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """Where an image stands in a prompt, and how many tokens it takes (`num_image_tokens`)."""
+    """Where an image stands in a prompt, and how many tokens it takes (`grid.num_tokens`)."""
 
     num_tokens: int
 
@@ -50,22 +50,6 @@ class PaddedBatch:
 
     input_ids: np.ndarray
     mask: np.ndarray
-
-
-def num_image_tokens(grid: tuple[int, int, int], merge_size: int) -> int:
-    """Tokens of an image whose patches form `grid` (time, rows, columns), squares of `merge_size` being merged.
-
-    Raises:
-        DataError: the grid is empty or does not divide.
-    """
-    time, rows, columns = grid
-    if min(grid) < 1 or rows % merge_size or columns % merge_size:
-        raise DataError(
-            "a grid of patches that cannot be merged",
-            expected=f"rows and columns that are multiples of {merge_size}",
-            found=tuple(grid),
-        )
-    return time * rows * columns // merge_size**2
 
 
 def chat_prompt(

@@ -270,7 +270,12 @@ def decode_step(
 
 
 def logits(
-    params: TextParams, config: TextConfig, hidden: jax.Array, rows: jax.Array | Int8Weight | None = None
+    params: TextParams,
+    config: TextConfig,
+    hidden: jax.Array,
+    rows: jax.Array | Int8Weight | None = None,
+    *,
+    compute: Compute | None = None,
 ) -> jax.Array:
     """Final norm and output projection.
 
@@ -279,6 +284,8 @@ def logits(
         config: its shape.
         hidden: (..., embed) after the last layer.
         rows: (n, embed), the output projection's rows of the tokens of interest, see `output_rows`; None: all of them.
+        compute: over a mesh, give the one that `hidden` was computed with: rows of the batch then stay where they are,
+            also in the backward pass, which else gathers the logits of the whole batch.
 
     Returns:
         float32 (..., vocab) or (..., n).
@@ -292,6 +299,8 @@ def logits(
         )
     table = output_table(params) if rows is None else rows
     normalized = rms_norm(params.norm, hidden, config.norm_eps)
+    if compute is not None:
+        normalized = compute.constrain(normalized, "batch", *[None] * (normalized.ndim - 1))
     weight = table.values if isinstance(table, Int8Weight) else table
     products = jnp.einsum("...e,ve->...v", normalized, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return products * table.scale if isinstance(table, Int8Weight) else products

@@ -134,13 +134,18 @@ def test_cudnn_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     valid = jnp.ones((BATCH, LENGTH), bool).at[1, :4].set(False)
     found = attention(*heads, backend=AttentionBackend.CUDNN, key_valid=valid, causal=True)
     assert asked["implementation"] == "cudnn"
-    assert asked["query"] == (BATCH, LENGTH, HEADS, HEAD_DIM)
-    assert asked["key"] == (BATCH, LENGTH, KV_HEADS, HEAD_DIM)
+    # 13 tokens made even, which the kernel's backward pass wants
+    assert asked["query"] == (BATCH, LENGTH + 1, HEADS, HEAD_DIM)
+    assert asked["key"] == (BATCH, LENGTH + 1, KV_HEADS, HEAD_DIM)
+    assert found.shape == heads[0].shape
     expected = attention(*heads, backend=AttentionBackend.XLA, key_valid=valid, causal=True)
     keep = np.asarray(valid)[:, None, :, None]
     np.testing.assert_allclose(
         np.where(keep, found.astype(jnp.float32), 0), np.where(keep, expected.astype(jnp.float32), 0), atol=0.03
     )
+    bare = attention(*heads, backend=AttentionBackend.CUDNN)
+    whole = attention(*heads, backend=AttentionBackend.XLA)
+    np.testing.assert_allclose(bare.astype(jnp.float32), whole.astype(jnp.float32), atol=0.03)
 
 
 def test_unknown_remat_policy() -> None:

@@ -193,6 +193,18 @@ def test_wrong_arguments(params: Any, config: Qwen25VLConfig) -> None:
     inputs = model_inputs(config, prompts)
     with pytest.raises(ConfigError, match="nothing to generate"):
         generate_jit(params, config, inputs, Compute(), max_new_tokens=0, stop_ids=(1,), pad_id=0, sampling=GREEDY)
+    for options, message in (
+        ({"allowed_ids": []}, "allowed_ids"),
+        ({"allowed_ids": [5, 512]}, "outside the vocabulary"),
+        ({"allowed_ids": [0.5]}, "allowed_ids"),
+        ({"stop_ids": (-1,)}, "outside the vocabulary"),
+        ({"stop_ids": 511}, "stop_ids"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens"),
+        ({"pad_id": 600}, "pad_id"),
+    ):
+        choices = {"max_new_tokens": 2, "stop_ids": (511,), "pad_id": 0, **options}
+        with pytest.raises(ConfigError, match=message):
+            generate_jit(params, config, inputs, Compute(), **choices)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="top_p"):
         parse(temperature=1.0, top_p=1.5)
 

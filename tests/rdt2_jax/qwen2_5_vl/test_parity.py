@@ -20,6 +20,7 @@ from rdt2_jax.layers.attention import AttentionBackend
 from rdt2_jax.layers.compute import Compute
 from rdt2_jax.qwen2_5_vl import model, text
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, read_config
+from rdt2_jax.qwen2_5_vl.grid import token_positions
 from rdt2_jax.weights.loader import load
 from rdt2_jax.weights.qwen2_5_vl import qwen2_5_vl_table
 
@@ -142,6 +143,30 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     prompts = tiny_qwen.make_prompts((1, 6, 4))
     theirs = tiny_qwen.peer_stages(peer, prompts)
     assert not broken(differences(port_stages(params, config, prompts), theirs, prompts.mask))
+
+
+def test_two_images_in_a_row(pair: Pair) -> None:
+    """Beside the peer: positions go on behind the first image, and each image's tokens go to their own place."""
+    import torch
+
+    grid, tokens = (1, 6, 10), 15
+    random = np.random.default_rng(5)
+    image = [tiny_qwen.VISION_START_ID, *[tiny_qwen.IMAGE_ID] * tokens, tiny_qwen.VISION_END_ID]
+    ids = np.array([[*random.integers(0, 490, 3), *image, *random.integers(0, 490, 2), *image, 7, 8]] * 2)
+    patches = random.standard_normal((2, 2, 60, 1176)).astype(np.float32)
+    positions, following = token_positions(pair.config, ids, np.ones_like(ids), [[grid, grid]] * 2)
+    inputs = model.ModelInputs(
+        jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool), positions, following, jnp.asarray(patches), grid
+    )
+    ours = jax.jit(model.forward, static_argnums=(1, 3))(pair.params, pair.config, inputs, Compute())
+    with torch.no_grad():
+        theirs = pair.peer(
+            input_ids=torch.tensor(ids),
+            pixel_values=torch.tensor(patches.reshape(-1, 1176)),
+            image_grid_thw=torch.tensor([grid] * 4),
+            mm_token_type_ids=torch.tensor((ids == tiny_qwen.IMAGE_ID).astype(np.int64)),
+        ).logits
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=TOLERANCES["logits"])
 
 
 def test_padding_on_the_left_changes_nothing(pair: Pair) -> None:

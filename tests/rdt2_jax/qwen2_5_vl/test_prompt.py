@@ -21,7 +21,6 @@ from rdt2_jax.qwen2_5_vl.prompt import (
     chat_prompt,
     left_pad,
     left_pad_examples,
-    num_image_tokens,
 )
 
 ADDED = (*SPECIAL_TOKENS, *OTHER_ADDED_TOKENS)
@@ -191,16 +190,6 @@ class TestRefused:
     def test_no_content(self, tokenizer):
         with pytest.raises(DataError, match="without content"):
             chat_prompt(tokenizer, [])
-
-
-class TestNumImageTokens:
-    def test_composite(self):
-        assert num_image_tokens((1, 28, 54), 2) == 378
-
-    @pytest.mark.parametrize("grid", [(1, 27, 54), (1, 28, 53), (0, 2, 2), (1, 0, 2)])
-    def test_refused(self, grid):
-        with pytest.raises(DataError, match="cannot be merged"):
-            num_image_tokens(grid, 2)
 
 
 class TestLeftPad:

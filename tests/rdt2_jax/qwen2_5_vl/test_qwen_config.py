@@ -63,6 +63,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("vision_config.out_hidden_size", 2048, "must be text.hidden_size"),
         ("vision_config.window_size", 100, "not a multiple of patch_size"),
         ("text_config.rms_norm_eps", 0.0, "norm_eps"),
+        ("text_config.rope_parameters.rope_type", "yarn", r"rope_type"),
+        ("text_config.rope_parameters.type", "yarn", r"rope_parameters\.type"),
+        ("vision_config.rope_parameters.rope_type", "default", r"rope_type"),
+        ("text_config.head_dim", 64, r"text_config\.head_dim"),
+        ("vision_config.head_dim", 64, r"vision_config\.head_dim"),
     ],
 )
 def test_configurations_that_are_refused(path: str, value: Any, message: str, tmp_path: Path) -> None:

@@ -129,6 +129,32 @@ def test_looking_tokens_up_never_gathers_the_table(sizes: dict[str, int], eight_
         assert size <= activations, (kind, shape)
 
 
+def test_learning_never_gathers_the_logits_of_the_whole_batch(eight_devices: list[Any]) -> None:
+    """Forward and backward, read from the compiled program: logits stay with the rows of the batch they belong to."""
+    layout = Layout(make_mesh({"fsdp": 4, "tensor": 2}, eight_devices))
+    config = preset("tiny").text
+    shardings, _ = layout.shardings(text.text_specs(config))
+    compute = Compute(layout=layout)
+    batch, length = 64, 8
+
+    def loss(params: text.TextParams, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        scores = jax.nn.log_softmax(text.logits(params, config, hidden, compute=compute))
+        return -jnp.mean(jnp.take_along_axis(scores, targets[..., None], axis=-1))
+
+    rows = batch_sharding(layout.mesh)
+    hidden = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.float32, sharding=rows)
+    targets = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    params = abstract_sharded(text.text_specs(config), shardings)
+    moved = collectives(run.lower(params, hidden, targets).compile().as_text())
+    table = config.vocab_size * config.hidden_size // 2
+    logits_of_all = batch * length * config.vocab_size // 2
+    assert table < logits_of_all / 4, "else the table itself could not be told from the logits"
+    assert moved
+    for kind, shape, size in moved:
+        assert size <= table, (kind, shape)
+
+
 def collectives(program: str) -> list[tuple[str, tuple[int, ...], int]]:
     """(kind, shape, numbers) of every array that a compiled program's collectives give."""
     found = []

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from rdt2_jax.errors import ConfigError
 
+_MAX_BLOCKS, _MIN_BLOCK = 4, 64
+"""How many blocks of queries a causal product is cut into at most, and how many queries a block has at least."""
+
 _MASKED = -1e30
 """Score of a masked key; finite, so that a query without keys gets an average instead of not a number."""
 
@@ -74,10 +77,24 @@ def attention(
         return _fused(query, key, value, key_valid, causal)
     if backend is AttentionBackend.CHUNKED and query.shape[2] > query_chunk:
         return _chunked(query, key, value, key_valid, causal, query_chunk)
-    mask = None if key_valid is None else key_valid[:, None, None, :]
     if causal:
-        mask = _and(_causal_mask(jnp.arange(query.shape[2]), key.shape[2]), mask)
-    return _grouped(query, key, value, mask)
+        return _causal(query, key, value, key_valid)
+    return _grouped(query, key, value, None if key_valid is None else key_valid[:, None, None, :])
+
+
+def _causal(query: jax.Array, key: jax.Array, value: jax.Array, key_valid: jax.Array | None) -> jax.Array:
+    """Blocks of queries, each with the keys up to its own end alone: four of them save three eighths of the work."""
+    length = query.shape[2]
+    blocks = min(_MAX_BLOCKS, max(1, length // _MIN_BLOCK))
+    size = -(-length // blocks)
+    results = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        mask = _causal_mask(jnp.arange(start, end), end)
+        if key_valid is not None:
+            mask = mask & key_valid[:, None, None, :end]
+        results.append(_grouped(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask))
+    return jnp.concatenate(results, axis=2) if len(results) > 1 else results[0]
 
 
 def _causal_mask(query_positions: jax.Array, num_keys: int) -> jax.Array:

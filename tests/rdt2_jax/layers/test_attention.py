@@ -151,3 +151,16 @@ def test_cudnn_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_remat_policy() -> None:
     with pytest.raises(ConfigError, match="remat"):
         Compute(remat="some")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("length", [63, 64, 127, 130, 257])
+def test_blocks_of_queries_are_the_whole(length: int) -> None:
+    """Long causal products are cut into blocks: seams where lengths divide and where they do not."""
+    query, key, value = (random_heads(i, heads, length) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    valid = jnp.ones((BATCH, length), bool).at[1, :3].set(False)
+    found = attention(query, key, value, backend=AttentionBackend.XLA, key_valid=valid, causal=True)
+    expected = attention(
+        query, key, value, backend=AttentionBackend.CHUNKED, key_valid=valid, causal=True, query_chunk=16
+    )
+    keep = np.asarray(valid)[:, None, :, None]
+    np.testing.assert_allclose(np.where(keep, found, 0), np.where(keep, expected, 0), atol=2e-6)

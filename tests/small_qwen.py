@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny_qwen import IDS, IMAGE_ID, VISION_END_ID, VISION_START_ID, VOCABULARY
 
 from rdt2_jax.params import from_named_leaves, named_leaves
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, preset
 from rdt2_jax.qwen2_5_vl.grid import token_positions
 from rdt2_jax.qwen2_5_vl.model import ModelInputs, Qwen25VLParams, param_specs
 
-VOCABULARY, IMAGE_ID, VISION_START_ID, VISION_END_ID, VIDEO_ID = 512, 500, 498, 499, 501
 GRID = (1, 4, 6)
 LENGTH = 16
 
@@ -21,10 +21,10 @@ def small_config(*, tie_embeddings: bool = False) -> Qwen25VLConfig:
     tiny = preset("tiny")
     text = tiny.text.model_copy(update={"vocab_size": VOCABULARY, "tie_embeddings": tie_embeddings})
     ids = {
-        "image_token_id": IMAGE_ID,
-        "video_token_id": VIDEO_ID,
-        "vision_start_token_id": VISION_START_ID,
-        "vision_end_token_id": VISION_END_ID,
+        "image_token_id": IDS["image"],
+        "video_token_id": IDS["video"],
+        "vision_start_token_id": IDS["start"],
+        "vision_end_token_id": IDS["end"],
     }
     return tiny.model_copy(update={"text": text, **ids})
 

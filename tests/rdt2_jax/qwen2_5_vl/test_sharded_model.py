@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_qwen
 from qwen_stages import model_inputs
+from small_qwen import small_config
 
 from rdt2_jax.checkpoints import restore, save
 from rdt2_jax.layers.compute import Compute
@@ -33,8 +34,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def config() -> Qwen25VLConfig:
-    tiny = preset("tiny").model_copy(update={"image_token_id": tiny_qwen.IMAGE_ID, "video_token_id": 501})
-    return tiny.model_copy(update={"text": tiny.text.model_copy(update={"vocab_size": tiny_qwen.VOCABULARY})})
+    return small_config()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from rdt2_jax.params import from_named_leaves, initialize, named_leaves
 from rdt2_jax.qwen2_5_vl import model, text
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, preset
 from rdt2_jax.qwen2_5_vl.generate import generate_jit
-from rdt2_jax.sharding import Layout, abstract_sharded, batch_sharding, make_mesh
+from rdt2_jax.sharding import Layout, abstract_sharded, batch_sharding, make_mesh, replicated
 
 MESHES = {
     "tensor=2": {"tensor": 2},
@@ -116,43 +116,54 @@ def test_looking_tokens_up_never_gathers_the_table(sizes: dict[str, int], eight_
     specs = model.param_specs(config)
     shardings, _ = layout.shardings(specs)
     ids = jax.ShapeDtypeStruct((8, 24), jnp.int32, sharding=batch_sharding(layout.mesh))
-    run = jax.jit(lambda params, ids: text.embed_tokens(params, ids, Compute(layout=layout)))
-    program = run.lower(abstract_sharded(specs, shardings).text, ids).compile().as_text()
-    moved = collectives(program)
-    assert moved, "the rows of the batch must travel to the columns of the table somehow"
+    params = abstract_sharded(specs, shardings).text
+
+    def looked_up(params: text.TextParams, ids: jax.Array) -> jax.Array:
+        return text.embed_tokens(params, ids, Compute(layout=layout))
+
+    def gathered(params: text.TextParams, ids: jax.Array) -> jax.Array:
+        whole = jax.lax.with_sharding_constraint(params.embedding, replicated(layout.mesh))
+        return jnp.take(whole, ids, axis=0)
+
     table_part = config.text.vocab_size * config.text.hidden_size // (sizes["fsdp"] * sizes["tensor"])
     activations = 8 * 24 * config.text.hidden_size
     assert table_part > 50 * activations
+    moved = collectives(jax.jit(looked_up).lower(params, ids).compile().as_text())
+    assert moved, "the rows of the batch must travel to the columns of the table somehow"
     for kind, shape, size in moved:
-        assert config.text.vocab_size not in shape, (kind, shape)
-        assert config.text.vocab_size // sizes["tensor"] not in shape, (kind, shape)
         assert size <= activations, (kind, shape)
+    would_move = collectives(jax.jit(gathered).lower(params, ids).compile().as_text())
+    assert max(size for _, _, size in would_move) > table_part, "the test would not notice a table that is gathered"
 
 
-def test_learning_never_gathers_the_logits_of_the_whole_batch(eight_devices: list[Any]) -> None:
-    """Forward and backward, read from the compiled program: logits stay with the rows of the batch they belong to."""
+@pytest.mark.parametrize("told", [True, False], ids=["with the layout", "without it"])
+def test_learning_never_gathers_the_logits_of_the_whole_batch(told: bool, eight_devices: list[Any]) -> None:
+    """Forward and backward of one layer and the head at the width of the 7B, read from the compiled program.
+
+    Without the layout the compiler does gather them, which shows that the test would notice.
+    """
     layout = Layout(make_mesh({"fsdp": 4, "tensor": 2}, eight_devices))
-    config = preset("tiny").text
-    shardings, _ = layout.shardings(text.text_specs(config))
-    compute = Compute(layout=layout)
-    batch, length = 64, 8
+    config = preset("7b").with_layers(1).text
+    specs = text.text_specs(config, jnp.bfloat16)
+    compute = Compute(dtype=jnp.float32, layout=layout, remat="full")
+    batch, length, supervised = 64, 96, 32
 
-    def loss(params: text.TextParams, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = jax.nn.log_softmax(text.logits(params, config, hidden, compute=compute))
-        return -jnp.mean(jnp.take_along_axis(scores, targets[..., None], axis=-1))
+    def loss(params: text.TextParams, ids: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
+        embeddings = text.embed_tokens(params, ids, compute)
+        hidden = text.prefill(params, config, embeddings, positions, valid, compute).hidden[:, -supervised:]
+        logits = text.logits(params, config, hidden, compute=compute if told else None)
+        targets = ids[:, -supervised:, None]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1))
 
-    rows = batch_sharding(layout.mesh)
-    hidden = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.float32, sharding=rows)
-    targets = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
-    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    params = abstract_sharded(text.text_specs(config), shardings)
-    moved = collectives(run.lower(params, hidden, targets).compile().as_text())
-    table = config.vocab_size * config.hidden_size // 2
-    logits_of_all = batch * length * config.vocab_size // 2
-    assert table < logits_of_all / 4, "else the table itself could not be told from the logits"
+    def rows(*shape: int, dtype: Any = jnp.int32, where: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where or batch_sharding(layout.mesh))
+
+    inputs = rows(batch, length), rows(3, batch, length, where=replicated(layout.mesh)), rows(batch, length, dtype=bool)
+    params = abstract_sharded(specs, layout.shardings(specs)[0])
+    moved = collectives(jax.jit(jax.grad(loss)).lower(params, *inputs).compile().as_text())
     assert moved
-    for kind, shape, size in moved:
-        assert size <= table, (kind, shape)
+    of_the_whole_batch = [shape for _, shape, _ in moved if shape == (batch, supervised, config.vocab_size // 2)]
+    assert bool(of_the_whole_batch) is not told
 
 
 def collectives(program: str) -> list[tuple[str, tuple[int, ...], int]]:

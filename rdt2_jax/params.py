@@ -185,3 +185,9 @@ def count_parameters(tree: PyTree) -> int:
     """Number of elements in a tree of specs, abstract values or arrays."""
     leaves = jax.tree.leaves(tree, is_leaf=is_spec)
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves)
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all elements in a tree of specs, abstract values or arrays; of sharded arrays, all shards together."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_spec)
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)

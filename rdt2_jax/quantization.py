@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rdt2_jax.errors import ConfigError, DataError
-from rdt2_jax.params import ParamSpec, PyTree, is_spec, leaf_path, named_leaves
+from rdt2_jax.params import ParamSpec, PyTree, is_spec, leaf_path, named_leaves, tree_bytes
 from rdt2_jax.problems import Problems
 
 LARGEST = 127
@@ -129,15 +129,15 @@ def quantize_leaves(
         if name not in num_inputs:
             return leaf
         weight, error = _quantize(name, leaf, num_inputs[name])
-        quantized.append(QuantizedLeaf(name, tuple(leaf.shape), error, leaf.nbytes, _tree_bytes(weight)))
+        quantized.append(QuantizedLeaf(name, tuple(leaf.shape), error, leaf.nbytes, tree_bytes(weight)))
         if delete and isinstance(leaf, jax.Array):
             jax.block_until_ready(weight)
             leaf.delete()
         return weight
 
-    bytes_before = _tree_bytes(tree)
+    bytes_before = tree_bytes(tree)
     result = jax.tree_util.tree_map_with_path(convert, tree)
-    return result, QuantizationReport(tuple(quantized), bytes_before, _tree_bytes(result))
+    return result, QuantizationReport(tuple(quantized), bytes_before, tree_bytes(result))
 
 
 def dequantize_leaves(tree: PyTree, dtype: Any = jnp.float32) -> PyTree:
@@ -270,7 +270,3 @@ def _require_weight(name: str, weight: Any, num_inputs: int) -> None:
             expected=f"floats with elements, {num_inputs} input dimensions (1 or more) and at least one of outputs",
             found=f"{jnp.dtype(weight.dtype)} {shape}",
         )
-
-
-def _tree_bytes(tree: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,7 +1,8 @@
 """The envelope of a checkpoint: a JSON file that says what is stored beside it, with a checksum of its own.
 
 It holds the caller's metadata and one record per item: a checksum per array, the implementation of every PRNG key,
-and, for an item that was written in several parts, the names of the parts' folders.
+and, for an item that was written in several parts, the names of the parts' folders. Small files that were written
+beside the items are named too, so that whoever replaces a checkpoint knows what else has come to lie in its folder.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from rdt2_jax.errors import CheckpointError
 
 METADATA_ITEM = "metadata"
 _RESERVED_ITEMS = (METADATA_ITEM, "metrics")
+_ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax itself puts into the folder of a checkpoint; the second one, into every folder that it wrote."""
+
 _FORMAT = "rdt2-jax checkpoint 1"
 
 READ_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
@@ -69,17 +73,20 @@ def require_item_name(item: str) -> None:
         )
 
 
-def make_envelope(metadata: Mapping[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
+def make_envelope(metadata: Mapping[str, Any], records: Mapping[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON document for a checkpoint.
 
     Args:
         metadata: the caller's JSON values.
         records: item name -> {"checksums": {leaf: int}, "keys": {leaf: implementation}, "parts": [folder] or absent}.
+        files: names of the files that are written beside the items.
 
     Raises:
         CheckpointError: JSON would not give the metadata back unchanged.
     """
     envelope = {"format": _FORMAT, "metadata": json_only(metadata), "items": dict(records)}
+    if files:
+        envelope["files"] = sorted(files)
     return {**envelope, "crc32": _crc32(envelope)}
 
 
@@ -122,6 +129,25 @@ def part_paths(directory: Path, item: str, record: Mapping[str, Any]) -> tuple[P
     """The folders that Orbax wrote for an item: its own, or one per part."""
     parts = record.get("parts")
     return (directory / item,) if parts is None else tuple(directory / item / part for part in parts)
+
+
+def foreign_entries(directory: Path, envelope: Mapping[str, Any]) -> list[str]:
+    """What lies in a checkpoint's folder and was not written with the checkpoint, as paths relative to the folder.
+
+    The folders that Orbax wrote for arrays are not looked into.
+    """
+    known = {
+        "": {*_RESERVED_ITEMS, *_ORBAX_FILES, *envelope["items"], *envelope.get("files", ())},
+        METADATA_ITEM: {METADATA_ITEM, *_ORBAX_FILES},
+    }
+    known |= {item: set(record["parts"]) for item, record in envelope["items"].items() if record.get("parts")}
+    return [
+        str(entry.relative_to(directory))
+        for folder, names in known.items()
+        if (directory / folder).is_dir()
+        for entry in sorted((directory / folder).iterdir())
+        if entry.name not in names
+    ]
 
 
 def json_only(metadata: Mapping[str, Any]) -> dict[str, Any]:

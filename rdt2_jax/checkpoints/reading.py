@@ -7,6 +7,7 @@ every difference is listed. After reading, the checksum of every array is compar
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,11 @@ from rdt2_jax.checkpoints.envelope import (
 )
 from rdt2_jax.checkpoints.writing import nested
 from rdt2_jax.errors import CheckpointError
-from rdt2_jax.params import PyTree, from_named_leaves, named_leaves
+from rdt2_jax.params import PyTree, from_named_leaves, named_leaves, tree_bytes
 from rdt2_jax.problems import Problems
+
+_COLLECT_BYTES = 1 << 26
+"""Orbax leaves what it read in reference cycles; after so much of it they are collected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,7 @@ def restore_streamed(
         An iterator of dotted names and leaves, in the order of `target`.
     """
     stored, wanted = _compared(Path(directory), item, target, cast=cast, partial=True)
-    return ((name, _read_leaves(stored, wanted, (name,))[name]) for name in wanted)
+    return _one_by_one(stored, wanted)
 
 
 class StoredLeaves:
@@ -120,6 +124,16 @@ class StoredLeaves:
 def host_target(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """A restore target of this shape and dtype that stays on the host, and takes no memory itself."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _one_by_one(stored: _StoredItem, wanted: Mapping[str, _Wanted]) -> Iterator[tuple[str, Any]]:
+    unreleased = 0
+    for name in wanted:
+        if unreleased > _COLLECT_BYTES:
+            gc.collect()
+            unreleased = 0
+        unreleased += tree_bytes(stored.leaves[name])
+        yield name, _read_leaves(stored, wanted, (name,))[name]  # no local variable: it would keep the leaf
 
 
 def _restore(directory: Path, item: str, target: PyTree, *, cast: bool, partial: bool) -> PartialRestore:

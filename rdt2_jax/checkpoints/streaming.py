@@ -27,7 +27,8 @@ from rdt2_jax.checkpoints.checksums import checksums
 from rdt2_jax.checkpoints.envelope import METADATA_ITEM, make_envelope, require_item_name
 from rdt2_jax.checkpoints.writing import nested, require_free, write_failures
 from rdt2_jax.errors import CheckpointError, DataError
-from rdt2_jax.io.files import atomic_directory
+from rdt2_jax.io.files import atomic_directory, make_folder
+from rdt2_jax.params import tree_bytes
 from rdt2_jax.problems import Problems
 
 DEFAULT_GROUP_BYTES = 1 << 26
@@ -84,13 +85,15 @@ def save_streamed(
         metadata: JSON values to keep with it.
         files: name -> content of small files to put beside the item, such as a configuration.
         max_group_bytes: leaves are gathered up to this size; a larger leaf is a group by itself.
-        overwrite: allow an existing checkpoint to be replaced. It stays in place until the new one is complete.
+        overwrite: allow an existing checkpoint to be replaced, and nothing else: see `writing.require_free`. It stays
+            in place until the new one is complete.
         progress: called for every leaf once its group is written.
 
     Raises:
-        CheckpointError: several processes, the directory exists (with `overwrite`: and is not a checkpoint), a leaf
-            or a file cannot be stored or is not what was announced, metadata is not JSON, or writing failed. Nothing
-            of a failed attempt stays behind.
+        CheckpointError: several processes, the directory exists (with `overwrite`: and is not a checkpoint with nothing
+            else in it), a leaf or a file cannot be stored or is not what was announced, metadata is not JSON, or
+            writing failed. Nothing of a failed attempt stays behind.
+        Rdt2Error: the directory or its parents cannot be created.
     """
     path = Path(os.path.abspath(directory))
     if jax.process_count() > 1:
@@ -101,16 +104,17 @@ def save_streamed(
     make_envelope(metadata, {})  # refuses metadata before anything is written
     require_free(path, overwrite=overwrite)
     groups = tuple(_groups(leaves, max_group_bytes))
-    sizes = [sum(_nbytes(leaves[name]) for name in group) for group in groups]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = [sum(tree_bytes(leaves[name]) for name in group) for group in groups]
+    make_folder(path.parent)
     with atomic_directory(path, overwrite=overwrite) as temporary:
         record = _write_groups(temporary / item, leaves, groups, read, progress)
-        envelope = make_envelope(metadata, {item: record})
+        envelope = make_envelope(metadata, {item: record}, tuple(files))
         with write_failures(path):
             (temporary / METADATA_ITEM).mkdir()
             (temporary / METADATA_ITEM / METADATA_ITEM).write_text(json.dumps(envelope), encoding="utf-8")
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
+        require_free(path, overwrite=overwrite)  # writing took its time: see `save`
     return StreamedSave(len(leaves), sum(sizes), len(groups), max(sizes))
 
 
@@ -144,16 +148,12 @@ def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct], max_bytes: int) -> Itera
     group: list[str] = []
     size = 0
     for name, leaf in leaves.items():
-        if group and size + _nbytes(leaf) > max_bytes:
+        if group and size + tree_bytes(leaf) > max_bytes:
             yield tuple(group)
             group, size = [], 0
         group.append(name)
-        size += _nbytes(leaf)
+        size += tree_bytes(leaf)
     yield tuple(group)
-
-
-def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
 
 
 def _write_groups(
@@ -165,14 +165,14 @@ def _write_groups(
 ) -> dict[str, Any]:
     """Writes all parts of an item; returns its record in the envelope."""
     path.mkdir()
-    total, done = sum(map(_nbytes, leaves.values())), 0
+    total, done = tree_bytes(dict(leaves)), 0
     found: dict[str, int] = {}
     for part, group in enumerate(groups):
         found |= _write_group(path / str(part), leaves, group, read)
         # arrays that Orbax dropped but left in reference cycles, and buffers that jax has queued for release, go now
         gc.collect()
         for name in group:
-            done += _nbytes(leaves[name])
+            done += tree_bytes(leaves[name])
             if progress is not None:
                 progress(name, done, total)
     return {"checksums": found, "keys": {}, "parts": [str(part) for part in range(len(groups))]}

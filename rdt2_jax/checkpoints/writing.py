@@ -22,9 +22,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rdt2_jax.checkpoints.checksums import checksums
-from rdt2_jax.checkpoints.envelope import METADATA_ITEM, is_checkpoint, make_envelope, require_item_name
+from rdt2_jax.checkpoints.envelope import (
+    METADATA_ITEM,
+    foreign_entries,
+    is_checkpoint,
+    make_envelope,
+    read_envelope,
+    require_item_name,
+)
 from rdt2_jax.errors import CheckpointError, DataError
-from rdt2_jax.io.files import atomic_directory
+from rdt2_jax.io.files import atomic_directory, make_folder
 from rdt2_jax.params import PyTree, named_leaves
 
 _WRITE_FAILURES = (OSError, ValueError)
@@ -44,16 +51,18 @@ def save(
         directory: where; missing parents are created.
         items: item name -> pytree of jax arrays, numpy arrays, PRNG keys and Python numbers.
         metadata: JSON values to keep with it, such as the configuration and the step.
-        overwrite: allow an existing checkpoint to be replaced. It stays in place until the new one is complete.
+        overwrite: allow an existing checkpoint to be replaced, and nothing else: see `require_free`. It stays in place
+            until the new one is complete.
 
     Raises:
-        CheckpointError: the directory exists (with `overwrite`: and is not a checkpoint), an item cannot be stored,
-            metadata is not JSON, or writing failed; nothing of a failed attempt stays behind.
+        CheckpointError: the directory exists (with `overwrite`: and is not a checkpoint with nothing else in it), an
+            item cannot be stored, metadata is not JSON, or writing failed; nothing of a failed attempt stays behind.
+        Rdt2Error: the parents cannot be created.
     """
     path = Path(os.path.abspath(directory))
     arguments = save_arguments(items, metadata)
     if not require_free(path, overwrite=overwrite):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _write(path, arguments)
         return
     if jax.process_count() > 1:
@@ -62,13 +71,15 @@ def save(
         )
     with atomic_directory(path, overwrite=True) as temporary:
         _write(temporary, arguments)
+        require_free(path, overwrite=True)  # writing took its time, and what came in meanwhile is nobody's to delete
 
 
 def require_free(path: Path, *, overwrite: bool) -> bool:
     """Whether a checkpoint stands at `path` that may be replaced; False where nothing, or an empty folder, is.
 
     Raises:
-        CheckpointError: something is there, and without `overwrite`, or it is no checkpoint.
+        CheckpointError: something is there, and without `overwrite`, or it is no checkpoint, its envelope is damaged
+            (then nobody knows what would be deleted), or other files lie in its folder; names them.
     """
     if not (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         return False
@@ -77,6 +88,22 @@ def require_free(path: Path, *, overwrite: bool) -> bool:
     if not is_checkpoint(path):
         raise CheckpointError(
             "only a checkpoint is ever overwritten, and this is none", where=path, fix="remove it by hand"
+        )
+    try:
+        strangers = foreign_entries(path, read_envelope(path))
+    except CheckpointError as error:
+        raise CheckpointError(
+            "only a checkpoint is ever overwritten, and this is none, or a damaged one",
+            where=path,
+            found=f"{error.what}: {error.found}",
+            fix="remove it by hand",
+        ) from error
+    if strangers:
+        raise CheckpointError(
+            "the folder of the checkpoint has other things in it, which overwriting would delete",
+            where=path,
+            found=", ".join(strangers),
+            fix="move them elsewhere, or choose another name",
         )
     return True
 

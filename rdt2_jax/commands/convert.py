@@ -35,7 +35,9 @@ def convert() -> None:
     type=click.FloatRange(0, min_open=True),
     help="Largest data in one safetensors file, in 10^9 bytes; default: 5.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace DST if it holds weights of the kind that is written.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace DST if it holds weights of the kind that is written, and nothing else."
+)
 @json_option
 @command_needs("converting weights")
 def weights(

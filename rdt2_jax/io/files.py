@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all.
 
-Both functions build under a temporary name beside the target, force the bytes to disk, and only then rename:
-a reader, or a machine that lost power, sees the old content or the new one and never a half of either.
+`atomic_write` and `atomic_directory` build under a temporary name beside the target, force the bytes to disk, and only
+then rename: a reader, or a machine that lost power, sees the old content or the new one and never a half of either.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rdt2_jax.errors import Rdt2Error
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder with its parents; one that exists is left as it is.
+
+    Raises:
+        Rdt2Error: the system does not allow it; says what it said.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_created(path, error) from error
 
 
 def sync_to_disk(path: Path) -> None:
@@ -86,13 +98,16 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         The temporary directory to fill.
 
     Raises:
-        Rdt2Error: the parent is missing, `path` is a file, or `path` is a non-empty directory and
-            `overwrite` is False. This is checked before the block runs and once more before the rename.
+        Rdt2Error: the parent is missing or cannot be written to, `path` is a file, or `path` is a non-empty
+            directory and `overwrite` is False. This is checked before the block runs and once more before the rename.
     """
     target = _target(path)
     _require_replaceable(target, overwrite)
     temporary = _sibling(target, "tmp")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _not_created(target, error) from error
     try:
         yield temporary
         _sync_tree(temporary)
@@ -102,6 +117,15 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         if temporary.exists():
             shutil.rmtree(temporary)
         raise
+
+
+def _not_created(path: Path, error: OSError) -> Rdt2Error:
+    return Rdt2Error(
+        "a folder cannot be created",
+        where=path,
+        found=f"{type(error).__name__}: {error.strerror}",
+        fix="choose a place on a disk that you may write to",
+    )
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

@@ -32,8 +32,8 @@ from rdt2_jax.checkpoints import (
 )
 from rdt2_jax.errors import CheckpointError
 from rdt2_jax.host_arrays import device_value
-from rdt2_jax.io.files import atomic_directory
-from rdt2_jax.params import PyTree, from_named_leaves, named_leaves
+from rdt2_jax.io.files import atomic_directory, make_folder
+from rdt2_jax.params import PyTree, from_named_leaves, named_leaves, tree_bytes
 from rdt2_jax.qwen2_5_vl.config import MODEL_TYPE, Qwen25VLConfig, read_config
 from rdt2_jax.qwen2_5_vl.folder import (
     LAYERS,
@@ -60,6 +60,7 @@ from rdt2_jax.weights.loader import (
 )
 from rdt2_jax.weights.matching import floating_dtype
 from rdt2_jax.weights.safetensors_files import SINGLE_FILE
+from rdt2_jax.weights.table import Table
 
 _DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -105,6 +106,8 @@ def load_params(
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads a model folder of either kind, one leaf at a time, each straight onto its devices.
+
+    Beside the parameters themselves, one leaf is held: of converted ones in compressed form, while it is read.
 
     Args:
         folder: a folder or a hub name, see `model_folder`.
@@ -159,12 +162,14 @@ def convert(
         num_layers: keep only the first decoder layers, and then neither final norm nor head.
         vision: keep the vision tower.
         dtype: floating dtype to convert to; None keeps the published ones.
-        overwrite: allow a converted folder to be replaced.
+        overwrite: allow a converted folder to be replaced if there is nothing else in it.
         progress: called as (tensor, bytes done, bytes in all) for every published tensor that was read.
 
     Raises:
-        CheckpointError: no published weights, files missing, cut off or of another shape, or `target` exists.
+        CheckpointError: no published weights, files missing, cut off or of another shape, `target` exists, or is
+            inside the source or around it.
         ConfigError: no usable config.json, or an impossible `num_layers`.
+        Rdt2Error: `target` cannot be created.
     """
     path, target = find_model(source), Path(target)
     require_two_folders(path, target)
@@ -214,14 +219,16 @@ def export(
         source: a folder with Orbax weights of a whole model.
         target: the new folder; missing parents are created.
         max_shard_bytes: largest amount of data in one file; more makes shards and an index.
-        overwrite: allow a folder with safetensors to be replaced.
+        overwrite: allow the folder of a published model to be replaced if there is nothing else in it.
         progress: called after every leaf.
 
     Raises:
-        CheckpointError: no Orbax weights, only part of a model, damaged, or `target` exists.
+        CheckpointError: no Orbax weights, only part of a model, damaged, or `target` exists, or is inside the source
+            or around it.
+        Rdt2Error: `target` cannot be created.
     """
-    path, target = find_model(source), Path(os.path.abspath(target))
-    require_two_folders(path, target)
+    path = find_model(source)
+    require_two_folders(path, Path(target))
     if not is_converted(path):
         raise CheckpointError(
             "the weights are published ones already", where=path, expected="Orbax items", found="safetensors"
@@ -230,21 +237,60 @@ def export(
     stored = leaves.abstract
     whole = Extent(config.text.num_layers, True, True)
     require_extent(path, stored_extent(path, stored, config), whole)
-    require_replaceable(target, overwrite)
-    table = whole.table(config)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_published(
+        target,
+        whole.table(config),
+        stored,
+        leaves.read,
+        small_files(path, {str(leaf.dtype) for leaf in stored.values()}),
+        max_shard_bytes=max_shard_bytes if tree_bytes(dict(stored)) > max_shard_bytes else None,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def write_published(
+    folder: str | os.PathLike[str],
+    table: Table,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str], np.ndarray],
+    files: Mapping[str, bytes],
+    *,
+    max_shard_bytes: int | None,
+    overwrite: bool,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes a folder as published, one leaf at a time; it appears only when it is complete.
+
+    Args:
+        folder: the new folder; missing parents are created.
+        table: names and layout of the published tensors.
+        leaves: dotted leaf name -> shape and dtype.
+        read: gives the values of a leaf by name.
+        files: name -> content of the small files to put beside the weights.
+        max_shard_bytes: largest amount of data in one file; None: a single file.
+        overwrite: allow the folder of a published model to be replaced if there is nothing else in it.
+        progress: called after every leaf.
+
+    Raises:
+        CheckpointError: `folder` exists, see `folder.require_replaceable`.
+        Rdt2Error: `folder` cannot be created.
+    """
+    target = Path(os.path.abspath(folder))
+    require_replaceable(target, overwrite, files)
+    make_folder(target.parent)
     with atomic_directory(target, overwrite=overwrite) as temporary:
-        for name, content in small_files(path, {str(leaf.dtype) for leaf in stored.values()}).items():
+        for name, content in files.items():
             (temporary / name).write_bytes(content)
-        in_shards = sum(map(_nbytes, stored.values())) > max_shard_bytes
         report = export_streamed(
             table,
-            stored,
-            leaves.read,
-            temporary if in_shards else temporary / SINGLE_FILE,
-            max_shard_bytes=max_shard_bytes if in_shards else None,
+            leaves,
+            read,
+            temporary if max_shard_bytes is not None else temporary / SINGLE_FILE,
+            max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
+        require_replaceable(target, overwrite, files)  # what came in meanwhile is nobody's to delete
     return dataclasses.replace(report, files=tuple(target / file.name for file in report.files))
 
 
@@ -315,7 +361,7 @@ def _cast_and_count(leaf: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Ar
 def _restore_report(
     stored: Mapping[str, jax.ShapeDtypeStruct], leaves: Mapping[str, jax.Array], nbytes: int
 ) -> LoadReport:
-    largest = max(_nbytes(stored[name]) for name in leaves)
+    largest = max(tree_bytes(stored[name]) for name in leaves)
     return LoadReport(
         num_tensors=len(leaves),
         nbytes=nbytes,
@@ -335,7 +381,3 @@ def _restore_report(
 
 def _resolved(shardings: Shardings, specs: Qwen25VLParams) -> PyTree:
     return shardings(specs) if callable(shardings) else shardings
-
-
-def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return leaf.size * leaf.dtype.itemsize

@@ -18,28 +18,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
 
+from rdt2_jax.action_tokenizer.vocabulary import parse_generation
 from rdt2_jax.errors import CheckpointError, ConfigError
 from rdt2_jax.host_arrays import host_value
-from rdt2_jax.io.files import atomic_directory
 from rdt2_jax.layers.compute import Compute, default_compute
 from rdt2_jax.params import PyTree, initialize, named_leaves
 from rdt2_jax.qwen2_5_vl import model as functions
-from rdt2_jax.qwen2_5_vl.checkpoint import load_params
+from rdt2_jax.qwen2_5_vl.answers import ActionAnswers, Answers, texts_of
+from rdt2_jax.qwen2_5_vl.checkpoint import load_params, write_published
 from rdt2_jax.qwen2_5_vl.config import CONFIG_FILE, Qwen25VLConfig, to_published
-from rdt2_jax.qwen2_5_vl.folder import require_replaceable, small_files
-from rdt2_jax.qwen2_5_vl.generate import Generated, generate_jit
-from rdt2_jax.qwen2_5_vl.inputs import Content, Preprocessor
-from rdt2_jax.qwen2_5_vl.int8 import quantize_decoder, quantized_decoder_specs
+from rdt2_jax.qwen2_5_vl.folder import small_files
+from rdt2_jax.qwen2_5_vl.generate import action_ids, generate_jit
+from rdt2_jax.qwen2_5_vl.inputs import Content, Preprocessor, check_inputs
+from rdt2_jax.qwen2_5_vl.int8 import load_quantized
 from rdt2_jax.qwen2_5_vl.model import ModelInputs, Qwen25VLParams, param_specs
+from rdt2_jax.qwen2_5_vl.processor import PROCESSOR_FILE
 from rdt2_jax.qwen2_5_vl.sampling import GREEDY, Sampling
 from rdt2_jax.qwen2_5_vl.text import KeysValues
 from rdt2_jax.qwen2_5_vl.tokenizer import TOKENIZER_FILE
 from rdt2_jax.sharding import Layout
-from rdt2_jax.weights.loader import ExportReport, export_streamed
+from rdt2_jax.weights.loader import ExportReport
 from rdt2_jax.weights.qwen2_5_vl import qwen2_5_vl_table
-from rdt2_jax.weights.safetensors_files import SINGLE_FILE
+
+_NUM_TOKENS, _NUM_CODES = 27, 1024
+"""Tokens of a chunk and codes of a codebook, as the published action tokenizer has them."""
+
+_MULTIPLE = 64
 
 _forward = jax.jit(functions.forward, static_argnums=(1, 3))
 _keys_and_values = jax.jit(
@@ -49,19 +54,6 @@ _keys_and_values = jax.jit(
 
 class Int8Values(nnx.Variable):
     """Integers of an `Int8Weight`: no `nnx.Param`, since there is no gradient with respect to them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What the model says.
-
-    Attributes:
-        generated: token ids, and where they end.
-        texts: one per row, without stop token; None where the model has no tokenizer.
-    """
-
-    generated: Generated
-    texts: tuple[str, ...] | None
 
 
 class Qwen25VL(nnx.Module):
@@ -136,8 +128,10 @@ class Qwen25VL(nnx.Module):
         *,
         dtype: Any = None,
         num_layers: int | None = None,
+        vision: bool = True,
         layout: Layout | None = None,
         quantize: bool = False,
+        quantize_head: bool = False,
         unstacked: bool | None = None,
         compute: Compute | None = None,
         preprocessor: Preprocessor | None = None,
@@ -148,33 +142,37 @@ class Qwen25VL(nnx.Module):
             name_or_folder: a folder, or a hub name; see `checkpoint.load_params`.
             dtype: of the parameters; None keeps the stored one. Activations have that of `compute`.
             num_layers: only the first decoder layers, without head: for `keys_and_values`.
+            vision: with the vision tower; without it the model takes words alone.
             layout: mesh and rules over which parameters and activations are laid out; None: one device.
             quantize: the decoder's linear layers in eight bits. They are loaded and rounded in the host's memory, so
                 that the device never holds the model in floats.
+            quantize_head: with `quantize`, the output projection too.
             unstacked: a tree per layer instead of stacks; None: on one device, where it is faster, but not over a
                 mesh.
             compute: how to compute; None: `default_compute(layout=layout)`.
-            preprocessor: makes batches of words and images; None: the folder's own, where it has a tokenizer.
+            preprocessor: makes batches of words and images; None: the folder's own, where it has a tokenizer (and, of
+                a model without a vision tower, a processor).
 
         Raises:
-            CheckpointError: no such model, or one whose files are missing, damaged or contradictory.
-            ConfigError: no usable configuration, an impossible `num_layers`, or `compute` has another layout.
+            CheckpointError: no such model, one whose files are missing, damaged or contradictory, or one that was
+                converted without what is asked for.
+            ConfigError: no usable configuration, an impossible `num_layers`, `compute` has another layout, or
+                `quantize_head` without `quantize`, or without a head.
             DataError: a weight to quantise with NaN or infinity.
             ShardingError: the mesh does not fit the model.
         """
         compute = _with_layout(compute, layout)
+        if quantize_head and not quantize:
+            raise ConfigError("the head is quantised with the decoder", where="quantize_head", fix="pass quantize=True")
+        mesh, parts = compute.layout, {"num_layers": num_layers, "vision": vision, "dtype": dtype}
         if quantize:
-            loaded = load_params(name_or_folder, num_layers=num_layers, dtype=dtype, shardings=_host())
-            params, _ = quantize_decoder(loaded.params, delete=True)
-            params = jax.device_put(params, _places(loaded.config, params, compute.layout))
+            loaded = load_quantized(name_or_folder, head=quantize_head, layout=mesh, **parts)
         else:
-            mesh = compute.layout
             places = None if mesh is None else lambda specs: mesh.shardings(specs)[0]
-            loaded = load_params(name_or_folder, num_layers=num_layers, dtype=dtype, shardings=places)
-            params = loaded.params
-        if preprocessor is None and (loaded.folder / TOKENIZER_FILE).is_file():
+            loaded = load_params(name_or_folder, shardings=places, **parts)
+        if preprocessor is None and _speaks(loaded.folder, vision):
             preprocessor = Preprocessor.from_folder(loaded.folder)
-        params = _as_asked(params, unstacked, compute)
+        params = _as_asked(loaded.params, unstacked, compute)
         return cls(loaded.config, params, compute=compute, preprocessor=preprocessor, folder=loaded.folder)
 
     def save_pretrained(
@@ -188,14 +186,14 @@ class Qwen25VL(nnx.Module):
         Args:
             folder: the new folder; missing parents are created.
             max_shard_bytes: largest amount of data in one file; None: a single file.
-            overwrite: allow a folder with safetensors to be replaced.
+            overwrite: allow the folder of a published model to be replaced if there is nothing else in it.
 
         Raises:
             CheckpointError: only part of a model, weights in eight bits, or `folder` exists.
+            Rdt2Error: `folder` cannot be created.
         """
-        target, params = Path(os.path.abspath(folder)), self.params
+        params = self.params
         self._require_whole(params)
-        require_replaceable(target, overwrite)
         specs = named_leaves(param_specs(self.config))
         leaves = {
             name: jax.ShapeDtypeStruct(spec.shape, _stacked(params, name, _first).dtype) for name, spec in specs.items()
@@ -205,18 +203,15 @@ class Qwen25VL(nnx.Module):
             files = {CONFIG_FILE: json.dumps(to_published(self.config, min(dtypes)), indent=2).encode()}
         else:
             files = small_files(self._folder, dtypes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(target, overwrite=overwrite) as temporary:
-            for name, content in files.items():
-                (temporary / name).write_bytes(content)
-            report = export_streamed(
-                qwen2_5_vl_table(self.config),
-                leaves,
-                lambda name: host_value(_stacked(params, name, _stack_on_host)),
-                temporary if max_shard_bytes is not None else temporary / SINGLE_FILE,
-                max_shard_bytes=max_shard_bytes,
-            )
-        return dataclasses.replace(report, files=tuple(target / file.name for file in report.files))
+        return write_published(
+            folder,
+            qwen2_5_vl_table(self.config),
+            leaves,
+            lambda name: host_value(_stacked(params, name, _stack_on_host)),
+            files,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+        )
 
     @property
     def params(self) -> Qwen25VLParams:
@@ -269,41 +264,94 @@ class Qwen25VL(nnx.Module):
         max_new_tokens: int,
         stop_ids: Sequence[int] | None = None,
         pad_id: int | None = None,
-        allowed_ids: jax.Array | None = None,
+        allowed_ids: Sequence[int] | np.ndarray | jax.Array | None = None,
         sampling: Sampling = GREEDY,
         key: jax.Array | None = None,
+        multiple: int = _MULTIPLE,
     ) -> Answers:
-        """Continues prompts.
+        """Continues prompts. On the host, not inside jit.
 
         Args:
-            prompts: what users say, one per row, see `Preprocessor.chat`; or a batch that is ready.
+            prompts: what users say, a list with one entry per row, see `Preprocessor.chat`; or a batch that is ready.
             max_new_tokens: tokens at most.
             stop_ids: a row is finished with the first of these; None: `<|im_end|>` and `<|endoftext|>`.
             pad_id: fills a row after its stop token; None: `<|endoftext|>`.
             allowed_ids, sampling, key: as in `generate.generate`.
+            multiple: prompts of words are padded to a multiple of so many tokens: every length is compiled anew.
 
         Raises:
-            ConfigError: words, or no `stop_ids` or `pad_id`, for a model without tokenizer; or as `generate.generate`.
-            DataError: prompts that cannot be used, or generated ids that mean nothing to the tokenizer.
+            ConfigError: words, or no `stop_ids` or `pad_id`, for a model without tokenizer; or as
+                `generate.generate_jit`.
+            DataError: prompts that cannot be used: see `Preprocessor.chat` and `inputs.check_inputs`.
         """
         if stop_ids is None or pad_id is None:
             control = self.preprocessor.tokenizer.control
             stop_ids = (control.im_end, control.endoftext) if stop_ids is None else stop_ids
             pad_id = control.endoftext if pad_id is None else pad_id
-        inputs = prompts if isinstance(prompts, ModelInputs) else self.preprocessor.chat(prompts)
+        if isinstance(prompts, ModelInputs):
+            inputs = prompts
+            check_inputs(self.config, inputs)
+        else:
+            inputs = self.preprocessor.chat(prompts, multiple=multiple)
         generated = generate_jit(
             self.params,
             self.config,
             inputs,
             self.compute,
             max_new_tokens=max_new_tokens,
-            stop_ids=tuple(stop_ids),
+            stop_ids=stop_ids,
             pad_id=pad_id,
             allowed_ids=allowed_ids,
             sampling=sampling,
             key=key,
         )
-        return Answers(generated, self._texts(generated))
+        known = self._preprocessor
+        return Answers(generated, None if known is None else texts_of(generated, known.tokenizer))
+
+    def actions(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        num_tokens: int = _NUM_TOKENS,
+        num_codes: int = _NUM_CODES,
+        multiple: int = _MULTIPLE,
+    ) -> ActionAnswers:
+        """The action tokens that follow images and instructions. On the host, not inside jit.
+
+        Greedy, among the action tokens and the end of a chunk alone, until that end comes or nothing well-formed can
+        come any more.
+
+        Args:
+            images: uint8 (height, width, 3) composites of both wrist cameras, see `processor.composite`; of one size.
+            instructions: one per image.
+            num_tokens: tokens of a chunk (the action tokenizer's `num_tokens`).
+            num_codes: codes of each of its codebooks.
+            multiple: as in `generate`.
+
+        Raises:
+            ConfigError: the model has no tokenizer, or was loaded without its head.
+            DataError: as `Preprocessor.actions`.
+        """
+        tokenizer = self.preprocessor.tokenizer
+        generated = generate_jit(
+            self.params,
+            self.config,
+            self.preprocessor.actions(images, instructions, multiple=multiple),
+            self.compute,
+            max_new_tokens=num_tokens + 1,
+            stop_ids=(tokenizer.control.quad_end,),
+            pad_id=tokenizer.control.endoftext,
+            allowed_ids=action_ids(tokenizer, num_codes),
+        )
+        parsed = parse_generation(
+            jax.device_get(generated.tokens),
+            num_tokens,
+            num_codes,
+            vocabulary_size=tokenizer.num_pieces,
+            chunk_end_id=tokenizer.control.quad_end,
+        )
+        return ActionAnswers(generated, parsed)
 
     def _require_whole(self, params: Qwen25VLParams) -> None:
         problem, fix = None, None
@@ -313,14 +361,6 @@ class Qwen25VL(nnx.Module):
             problem, fix = "weights in eight bits, which have no published layout", "save it before quantising"
         if problem is not None:
             raise CheckpointError("only a whole model in floats can be saved as published", found=problem, fix=fix)
-
-    def _texts(self, generated: Generated) -> tuple[str, ...] | None:
-        if self._preprocessor is None:
-            return None
-        tokens, lengths, stopped = jax.device_get((generated.tokens, generated.lengths, generated.stopped))
-        ends = lengths - stopped  # where a row stopped, its last token is the stop token
-        decode = self._preprocessor.tokenizer.decode
-        return tuple(decode(row[:end].tolist()) for row, end in zip(tokens, ends, strict=True))
 
 
 def _variable(array: jax.Array) -> nnx.Variable:
@@ -349,29 +389,10 @@ def _as_asked(params: Qwen25VLParams, unstacked: bool | None, compute: Compute) 
     return functions.unstacked(params, delete=True) if wanted else params
 
 
-def _host() -> Sharding:
-    """The host's memory.
-
-    Raises:
-        ConfigError: jax was started without its CPU backend.
-    """
-    try:
-        return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError as error:
-        raise ConfigError(
-            "weights are rounded in the host's memory, and jax has no CPU backend",
-            found=str(error),
-            fix="add it: JAX_PLATFORMS=cuda,cpu (or tpu,cpu), or leave JAX_PLATFORMS unset",
-        ) from error
-
-
-def _places(config: Qwen25VLConfig, params: Qwen25VLParams, layout: Layout | None) -> PyTree:
-    """Where stacked parameters in eight bits go."""
-    if layout is None:
-        (device,) = jnp.zeros(()).devices()  # the default one, whichever way it was chosen
-        return SingleDeviceSharding(device)
-    specs = param_specs(config, vision=params.vision is not None, with_head=params.text.norm is not None)
-    return layout.shardings(quantized_decoder_specs(specs))[0]
+def _speaks(folder: Path, vision: bool) -> bool:
+    """Whether a folder should have a preprocessor; a tokenizer without a processor is half of what a model needs to
+    see, and all that a model of text alone has."""
+    return (folder / TOKENIZER_FILE).is_file() and (vision or (folder / PROCESSOR_FILE).is_file())
 
 
 def _stacked(tree: Any, name: str, join: Callable[[list[Any]], Any]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rdt2_jax.errors import CheckpointError
 from rdt2_jax.hub import model_folder
 from rdt2_jax.qwen2_5_vl.config import CONFIG_FILE, Qwen25VLConfig
 from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams, param_specs
+from rdt2_jax.qwen2_5_vl.processor import PROCESSOR_FILE
+from rdt2_jax.qwen2_5_vl.tokenizer import TOKENIZER_FILE
 from rdt2_jax.weights.qwen2_5_vl import qwen2_5_vl_table
 from rdt2_jax.weights.safetensors_files import INDEX_FILE, SINGLE_FILE
 from rdt2_jax.weights.table import Table
@@ -30,6 +33,16 @@ LAYERS = "text.layers."
 """How the names of leaves begin that are stacked over decoder layers."""
 
 _WEIGHTS = ("*.safetensors", f"{PARAMS_ITEM}/*", "metadata/*")
+
+_PUBLISHED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+_PUBLISHED_FILES = (
+    *(CONFIG_FILE, "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
+    *(TOKENIZER_FILE, "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+    *(PROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json"),
+)
+"""Names of the small files that publishers of such models use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +78,15 @@ def find_model(name: str | os.PathLike[str]) -> Path:
         CheckpointError: as `model_folder`.
     """
     return model_folder(name, needs=(CONFIG_FILE,), wants=(*_WEIGHTS, *SMALL_FILES))
+
+
+def find_preprocessor(name: str | os.PathLike[str]) -> Path:
+    """The folder with configuration, tokenizer and processor of a model, by path or hub name; no weights are fetched.
+
+    Raises:
+        CheckpointError: as `model_folder`; one of the three files is missing.
+    """
+    return model_folder(name, needs=(CONFIG_FILE, TOKENIZER_FILE, PROCESSOR_FILE))
 
 
 def is_converted(folder: Path) -> bool:
@@ -127,25 +149,40 @@ def require_extent(folder: Path, has: Extent, wants: Extent) -> None:
             where=folder,
             expected=wants,
             found=has,
-            fix="convert the published weights again with all that is needed, or ask for less",
+            fix="ask for less (num_layers=, vision=False), or convert the published weights again with what is needed",
         )
 
 
 def require_two_folders(source: Path, target: Path) -> None:
-    """Refuses to write a model over its own source.
+    """Refuses to write a model over its own source, around it or into it; symbolic links are followed.
 
     Raises:
-        CheckpointError: both are one folder.
+        CheckpointError: both are one folder, or one is inside the other.
     """
-    if source.resolve() == target.resolve():
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_source == real_target:
         raise CheckpointError("a model cannot be written over its own source", where=source, fix="name another folder")
+    if real_source in real_target.parents or real_target in real_source.parents:
+        raise CheckpointError(
+            "a model cannot be written into its own source, nor over a folder around it",
+            where=target,
+            expected="two folders side by side",
+            found=f"{real_target}, and the source {real_source}",
+            fix="name another folder",
+        )
 
 
-def require_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuses to write where something is that is not safetensors, or may not be overwritten.
+def require_replaceable(target: Path, overwrite: bool, new_files: Iterable[str] = ()) -> None:
+    """Refuses to write where something is that is not a folder of a published model, or may not be overwritten.
+
+    Args:
+        target: where a folder is to be written.
+        overwrite: whether one that is there may be replaced.
+        new_files: names of the small files that the new folder will have: an old one may have them too.
 
     Raises:
-        CheckpointError: such a thing is there.
+        CheckpointError: something is there, and without `overwrite`, or it is no folder with safetensors, or other
+            files or folders lie in it than those of a published model; names them.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -154,6 +191,20 @@ def require_replaceable(target: Path, overwrite: bool) -> None:
     if not any((target / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
             "only a folder with safetensors is overwritten, and this is none", where=target, fix="remove it by hand"
+        )
+    known = {*_PUBLISHED_FILES, *new_files}
+    strangers = [
+        entry.name + ("/" if entry.is_dir() else "")
+        for entry in sorted(target.iterdir())
+        if entry.is_dir() or not (entry.name in known or _PUBLISHED_WEIGHTS.fullmatch(entry.name))
+    ]
+    if strangers:
+        raise CheckpointError(
+            "the model's folder has other things in it, which overwriting would delete",
+            where=target,
+            expected="safetensors, configuration, tokenizer and processor alone",
+            found=", ".join(strangers),
+            fix="move them elsewhere, or choose another name",
         )
 
 

@@ -7,14 +7,20 @@ read by rows. From bfloat16 the 7B goes from 16.6 to 10.1 GB, with its head to 9
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from rdt2_jax.errors import ConfigError
-from rdt2_jax.params import named_leaves
+from rdt2_jax.params import PyTree, named_leaves
 from rdt2_jax.quantization import QuantizationReport, dequantize_leaves, quantize_leaves, quantized_specs
-from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams
+from rdt2_jax.qwen2_5_vl.checkpoint import LoadedModel, load_params
+from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams, param_specs
+from rdt2_jax.sharding import Layout
 
 _LAYERS = "text.layers."
 _HEAD = "text.head"
@@ -47,7 +53,7 @@ def int8_weights(params: Qwen25VLParams, *, head: bool = False) -> dict[str, int
             "there is no head to quantise",
             where=_HEAD,
             found="it is the embedding, which stays in floats" if tied else "a decoder of keys and values alone",
-            fix="pass head=False",
+            fix="leave the head as it is",
         )
     # one in eight bits already goes by the name of the weight that it was, so that it is refused instead of skipped
     candidates = (name.removesuffix(".values") for name in named_leaves(params) if name.startswith(_LAYERS))
@@ -93,3 +99,64 @@ def quantized_decoder_specs(specs: Qwen25VLParams, *, head: bool = False) -> Qwe
 def dequantized_decoder(params: Qwen25VLParams, dtype: Any = jnp.float32) -> Qwen25VLParams:
     """The model with floats again; what rounding took away does not come back."""
     return dequantize_leaves(params, dtype)
+
+
+def load_quantized(
+    folder: str | os.PathLike[str],
+    *,
+    head: bool = False,
+    num_layers: int | None = None,
+    vision: bool = True,
+    dtype: Any = None,
+    layout: Layout | None = None,
+) -> LoadedModel:
+    """Loads a model folder with the decoder in eight bits.
+
+    Weights are loaded and rounded in the host's memory, so that no device ever holds the model in floats.
+
+    Args:
+        folder, num_layers, vision, dtype: as in `checkpoint.load_params`.
+        head: the output projection in eight bits too.
+        layout: mesh and rules over which the result is laid out; None: the default device.
+
+    Raises:
+        CheckpointError: as `checkpoint.load_params`.
+        ConfigError: as `checkpoint.load_params`; `head` without one, before anything is read; or jax was started
+            without its CPU backend.
+        DataError: a weight with NaN or infinity.
+        ShardingError: the mesh does not fit the model.
+    """
+
+    def on_host(specs: Qwen25VLParams) -> Sharding:
+        int8_weights(specs, head=head)  # refuses a head that is not there
+        return _host()
+
+    loaded = load_params(folder, num_layers=num_layers, vision=vision, dtype=dtype, shardings=on_host)
+    params, _ = quantize_decoder(loaded.params, head=head, delete=True)
+    return dataclasses.replace(loaded, params=jax.device_put(params, _places(loaded, head, layout)))
+
+
+def _host() -> Sharding:
+    """The host's memory.
+
+    Raises:
+        ConfigError: jax was started without its CPU backend.
+    """
+    try:
+        return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ConfigError(
+            "weights are rounded in the host's memory, and jax has no CPU backend",
+            found=str(error),
+            fix="add it: JAX_PLATFORMS=cuda,cpu (or tpu,cpu), or leave JAX_PLATFORMS unset",
+        ) from error
+
+
+def _places(loaded: LoadedModel, head: bool, layout: Layout | None) -> PyTree:
+    """Where stacked parameters in eight bits go."""
+    if layout is None:
+        (device,) = jnp.zeros(()).devices()  # the default one, whichever way it was chosen
+        return SingleDeviceSharding(device)
+    params = loaded.params
+    specs = param_specs(loaded.config, vision=params.vision is not None, with_head=params.text.norm is not None)
+    return layout.shardings(quantized_decoder_specs(specs, head=head))[0]

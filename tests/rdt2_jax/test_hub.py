@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors
 
 from rdt2_jax.errors import CheckpointError, MissingExtraError
 from rdt2_jax.hub import model_folder
+from rdt2_jax.qwen2_5_vl.folder import find_preprocessor
 
 NEEDS = ("config.json", "*.safetensors")
 
@@ -197,3 +198,32 @@ class TestHub:
         monkeypatch.setattr(builtins, "__import__", no_hub)
         with pytest.raises(MissingExtraError, match=r"pip install 'rdt2-jax\[model\]'"):
             model_folder("org/model")
+
+
+class TestPreprocessor:
+    """What a preprocessor is made of comes without the weights."""
+
+    FILES = ("config.json", "preprocessor_config.json", "tokenizer.json")
+
+    def test_a_folder(self, hub, tmp_path):
+        folder = fill(tmp_path / "model", *self.FILES)
+        assert find_preprocessor(folder) == folder
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(CheckpointError, match=r"files of a model are missing(.|\n)*expected: tokenizer.json"):
+            find_preprocessor(folder)
+        assert hub == []
+
+    def test_a_hub_name(self, monkeypatch, tmp_path):
+        asked: list[Any] = []
+
+        def snapshot_download(repository: str, **options: Any) -> str:
+            asked.append((repository, options["revision"], sorted(options["allow_patterns"])))
+            return str(fill(tmp_path / "cache", *options["allow_patterns"]))
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert find_preprocessor("org/model@v2") == tmp_path / "cache"
+        assert asked == [("org/model", "v2", sorted(self.FILES))]
+
+    def test_a_repository_without_them(self, hub):
+        with pytest.raises(CheckpointError, match=r"expected: tokenizer.json, preprocessor_config.json"):
+            find_preprocessor("org/model")

@@ -1,7 +1,8 @@
 """Measures the anonymous memory of conversions; a program that test_checkpoint.py runs. Prints JSON.
 
-Usage: conversion_memory.py FOLDER WAY, with WAY one of "convert", "export", "load" and "everything at once". One way a
-process: what an allocator keeps of one would hide the next. "convert" writes the published model first.
+Usage: conversion_memory.py FOLDER WAY. FOLDER has a model as "published", which the way "convert" puts as "converted"
+beside it, for "export" and "load" to start from. "convert at once" and "load at once" are controls: they hold what the
+others must not. One way a process: what an allocator keeps of one would hide the next.
 """
 
 from __future__ import annotations
@@ -17,51 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
-from rdt2_jax.checkpoints import save
+from rdt2_jax.checkpoints import host_target, restore, save
+from rdt2_jax.params import abstract
 from rdt2_jax.qwen2_5_vl.checkpoint import convert, export, load_params
-from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, TextConfig, VisionConfig, to_published
+from rdt2_jax.qwen2_5_vl.config import read_config
 from rdt2_jax.qwen2_5_vl.model import param_specs
-from rdt2_jax.sharding import DEFAULT_RULES, make_mesh, shardings
-from rdt2_jax.weights.qwen2_5_vl import qwen2_5_vl_table
-from rdt2_jax.weights.safetensors_writer import write_safetensors
-from rdt2_jax.weights.sources import TensorInfo
-from rdt2_jax.weights.table import bind
-
-CONFIG = Qwen25VLConfig(
-    vision=VisionConfig(
-        depth=4,
-        hidden_size=256,
-        num_heads=4,
-        intermediate_size=512,
-        out_hidden_size=1024,
-        full_attention_blocks=(1, 3),
-    ),
-    text=TextConfig(
-        vocab_size=8192, hidden_size=1024, num_layers=8, num_heads=8, num_kv_heads=2, intermediate_size=4096
-    ),
-)
-
-
-def write_published(folder: Path) -> None:
-    """A published model of random bits, which do not compress, one tensor at a time."""
-    folder.mkdir()
-    plan = bind(qwen2_5_vl_table(CONFIG), param_specs(CONFIG))
-    infos = {
-        slot.names[0]: TensorInfo(slot.names[0], np.dtype(ml_dtypes.bfloat16), binding.source_shape)
-        for binding in plan.bindings
-        for slot in binding.slots
-    }
-    random = np.random.default_rng(0)
-
-    def read(name: str) -> np.ndarray:
-        info = infos[name]
-        return np.frombuffer(random.bytes(info.nbytes), info.dtype).reshape(info.shape)
-
-    write_safetensors(folder, list(infos.values()), read, max_shard_bytes=100_000_000)
-    (folder / "config.json").write_text(json.dumps(to_published(CONFIG, "bfloat16")))
 
 
 def anonymous_bytes() -> int:
@@ -93,33 +57,36 @@ def measured(action: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def run(folder: Path, way: str) -> dict[str, int]:
-    """Measures one way; returns its growth and the sizes that bound it."""
+    """Measures one way; returns its growth, and sizes that bound it."""
     published, converted = folder / "published", folder / "converted"
     if way == "convert":
         growth, report = measured(lambda: convert(published, converted))
-        held = report.saved.largest_part_bytes, report.loaded.largest_leaf_bytes, report.loaded.largest_tensor_bytes
-        return {"growth": growth, "nbytes": report.saved.nbytes, "part": held[0], "leaf": held[1], "tensor": held[2]}
+        loaded = report.loaded
+        return {
+            "growth": growth,
+            "nbytes": report.saved.nbytes,
+            "part": report.saved.largest_part_bytes,
+            "leaf": loaded.largest_leaf_bytes,
+            "tensor": loaded.largest_tensor_bytes,
+        }
     if way == "export":
         growth, report = measured(lambda: export(converted, folder / "exported", max_shard_bytes=100_000_000))
         return {"growth": growth, "nbytes": report.nbytes}
     if way == "load":
-        mesh = make_mesh({"fsdp": 4, "tensor": 2})
-        growth, loaded = measured(
-            lambda: load_params(converted, shardings=lambda specs: shardings(specs, DEFAULT_RULES, mesh)[0])
-        )
+        growth, loaded = measured(lambda: load_params(converted))
         return {"growth": growth, "nbytes": loaded.report.nbytes}
-    # the control: what a conversion must not do
-    growth, _ = measured(lambda: save(folder / "whole", {"params": load_params(published).params}, {}))
-    return {"growth": growth}
+    if way == "convert at once":
+        return {"growth": measured(lambda: save(folder / "whole", {"params": load_params(published).params}, {}))[0]}
+    targets = jax.tree.map(host_target, abstract(param_specs(read_config(converted), jnp.bfloat16)))
+    # the second copy stands for that of a device which does not share the host's memory
+    everything = lambda: jax.tree.map(np.copy, restore(converted, "params", targets))  # noqa: E731
+    return {"growth": measured(everything)[0]}
 
 
 def main() -> None:
-    """Writes the published model if there is none, warms the libraries up, measures one way, prints."""
-    folder, way = Path(sys.argv[1]), sys.argv[2]
-    if not (folder / "published").exists():
-        write_published(folder / "published")
+    """Warms the libraries up, measures one way, prints."""
     jax.device_put(np.zeros(8, np.float32)).block_until_ready()
-    print(json.dumps(run(folder, way)))
+    print(json.dumps(run(Path(sys.argv[1]), sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -10,46 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from small_qwen import small_config, small_params
 
 from rdt2_jax.commands.convert import convert
-from rdt2_jax.errors import CheckpointError
+from rdt2_jax.errors import CheckpointError, Rdt2Error
 from rdt2_jax.qwen2_5_vl.checkpoint import load_params
-from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, TextConfig, VisionConfig, to_published
-from rdt2_jax.qwen2_5_vl.model import param_specs
-from rdt2_jax.weights.qwen2_5_vl import qwen2_5_vl_table
+from rdt2_jax.qwen2_5_vl.flax_module import Qwen25VL
 from rdt2_jax.weights.safetensors_files import SafetensorsFiles
-from rdt2_jax.weights.safetensors_writer import write_safetensors
-from rdt2_jax.weights.sources import TensorInfo
-from rdt2_jax.weights.table import bind
 
-CONFIG = Qwen25VLConfig(
-    vision=VisionConfig(
-        depth=2, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=16, full_attention_blocks=(1,)
-    ),
-    text=TextConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=24,
-        mrope_sections=(1, 1, 2),
-    ),
-)
+CONFIG = small_config().with_layers(2)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small float32 model; every tensor is filled with its number."""
-    folder = tmp_path_factory.mktemp("published")
-    bindings = bind(qwen2_5_vl_table(CONFIG), param_specs(CONFIG)).bindings
-    shapes = {slot.names[0]: binding.source_shape for binding in bindings for slot in binding.slots}
-    infos = [TensorInfo(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
-    numbers = {name: number for number, name in enumerate(shapes)}
-    write_safetensors(
-        folder / "model.safetensors", infos, lambda name: np.full(shapes[name], numbers[name], np.float32)
-    )
-    (folder / "config.json").write_text(json.dumps(to_published(CONFIG)))
+    """A small float32 model."""
+    folder = tmp_path_factory.mktemp("folders") / "published"
+    Qwen25VL(CONFIG, small_params(CONFIG)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -80,7 +56,7 @@ def test_there_and_back(published, tmp_path):
 
 def test_shards(published, tmp_path):
     document(published, tmp_path / "c")
-    back = document(tmp_path / "c", tmp_path / "back", "--to-safetensors", "--max-shard-gb", "1e-5")
+    back = document(tmp_path / "c", tmp_path / "back", "--to-safetensors", "--max-shard-gb", "2e-4")
     assert len(back["files"]) > 2
     assert sorted(path.name for path in (tmp_path / "back").glob("*.safetensors*")) == sorted(back["files"])
 
@@ -96,7 +72,7 @@ def test_part_of_a_model_in_another_dtype(published, tmp_path):
     assert "config.json, tokenizer.json" in result.output
     params = load_params(tmp_path / "c", vision=False).params
     assert params.text.embedding.dtype == jnp.bfloat16
-    assert params.text.layers.mlp_norm.shape == (1, 16)
+    assert params.text.layers.mlp_norm.shape == (1, 64)
 
 
 def test_overwriting_has_to_be_asked_for(published, tmp_path):
@@ -128,3 +104,10 @@ def test_a_name_that_is_nowhere(tmp_path):
     result = run("./nowhere", tmp_path / "c")
     assert isinstance(result.exception, CheckpointError)
     assert "not a model folder, and not a name on the hub" in str(result.exception)
+
+
+def test_a_place_where_nothing_can_be_written(published):
+    result = run(published, "/proc/model")
+    assert isinstance(result.exception, Rdt2Error)
+    assert "a folder cannot be created" in str(result.exception)
+    assert "where: /proc/model" in str(result.exception)

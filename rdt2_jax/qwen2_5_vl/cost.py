@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rdt2_jax.errors import ConfigError
 from rdt2_jax.layers.stack import num_layers as count_layers
-from rdt2_jax.params import PyTree, is_spec
+from rdt2_jax.params import tree_bytes
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, TextConfig, VisionConfig
 from rdt2_jax.qwen2_5_vl.grid import Grid, windows
 from rdt2_jax.qwen2_5_vl.text import TextParams
@@ -31,7 +30,7 @@ def vision_flops(config: VisionConfig, grid: Grid) -> float:
         config: the tower.
         grid: (1, rows, columns) of patches.
     """
-    table = windows(config, grid)
+    table = windows(config, grid)  # pyright: ignore[reportArgumentType]
     patches, width = len(table.patch_order), config.hidden_size
     tokens, merged = patches // config.merge_unit, width * config.merge_unit
     weights = 4 * width**2 + 3 * width * config.intermediate_size
@@ -104,12 +103,6 @@ def decode_flops(config: TextConfig, cache_length: int) -> float:
     projected, rest = _layer_weights(config)
     attended = 2 * cache_length * config.num_heads * config.head_dim
     return 2.0 * (config.num_layers * (projected + rest + attended) + config.vocab_size * config.hidden_size)
-
-
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all leaves: arrays, `ParamSpec`s or abstract values."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_spec)
-    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def cache_bytes(config: TextConfig, length: int, num_layers: int | None = None, dtype: Any = jnp.bfloat16) -> int:

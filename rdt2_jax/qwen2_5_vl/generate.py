@@ -192,7 +192,7 @@ def action_ids(tokenizer: Tokenizer, num_codes: int = 1024) -> np.ndarray:
 def _checked_ids(ids: Any, where: str, vocabulary: int) -> np.ndarray:
     array = np.asarray(ids)
     if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
-        raise ConfigError("not a list of token ids", where=where, expected="one integer or more", found=ids)
+        raise ConfigError("not a list of token ids", where=where, expected="a list of one integer or more", found=ids)
     outside = array[(array < 0) | (array >= vocabulary)]
     if outside.size:
         raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 
 from rdt2_jax.errors import ConfigError
 from rdt2_jax.layers.compute import Compute
-from rdt2_jax.params import abstract, count_parameters, named_leaves
+from rdt2_jax.params import abstract, count_parameters, named_leaves, tree_bytes
 from rdt2_jax.qwen2_5_vl import cost
 from rdt2_jax.qwen2_5_vl import text as text_model
 from rdt2_jax.qwen2_5_vl.config import preset
@@ -132,7 +132,7 @@ def test_bytes_of_a_token_are_those_of_the_weights_and_the_cache():
     specs = param_specs(config, jnp.bfloat16)
     text = specs.text
     read = count_parameters(text) - count_parameters(text.embedding)
-    assert cost.tree_bytes(specs) == 2 * count_parameters(specs)
+    assert tree_bytes(specs) == 2 * count_parameters(specs)
     cache = 2 * 28 * 420 * 4 * 128 * 2
     assert cost.cache_bytes(config.text, 420) == cache
     assert cost.decode_bytes(text, config.text, 420) == 2 * read + cache
@@ -158,7 +158,7 @@ def test_bytes_in_int8_are_about_half():
 def test_bytes_of_arrays_and_of_their_declaration_are_equal():
     specs = param_specs(preset("tiny")).vision
     arrays = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), specs)
-    assert cost.tree_bytes(arrays) == cost.tree_bytes(specs)
+    assert tree_bytes(arrays) == tree_bytes(specs)
 
 
 @pytest.mark.parametrize("layers", [0, 5])

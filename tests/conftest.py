@@ -29,6 +29,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+# Tests share processes, and torch's threads wait for each other by spinning: one is faster than two that are disturbed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Most of the time of these tests is compilation: what was compiled once on this kind of machine is kept.
 _CPU = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
 _CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{hashlib.sha256(_CPU.encode()).hexdigest()[:12]}"
@@ -54,6 +57,7 @@ def golden() -> Iterator[Callable[[str, str], Mapping[str, np.ndarray]]]:
         yield load
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests over eight devices run one after the other, in one worker: each of them is eight threads already."""
     for item in items:

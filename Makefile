@@ -37,7 +37,7 @@ demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a p
 	$(BIN)/python examples/tokenizer_demo.py --out out/demo
 
 test: $(PEER) system  ## Run the tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 check: $(READY) format lint types contracts test wheel-test  ## Format, lint, types, import contracts, tests: what CI runs
 
@@ -70,7 +70,7 @@ test-next:  ## The fast suite on Python 3.12 and the newest jax
 	@test -n "$(PYTHON_NEXT)" || { echo "no Python 3.12 found: make test-next PYTHON_NEXT=/path/to/python3.12"; exit 1; }
 	$(PYTHON_NEXT) -m venv .venv-next
 	.venv-next/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[$(EXTRAS)]'
-	.venv-next/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow and not torch_peer'
+	.venv-next/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not torch_peer'
 
 constraints: $(READY)  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | grep -vE '^(pip|setuptools)==' > constraints.txt

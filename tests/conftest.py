@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,15 @@ def golden() -> Iterator[Callable[[str, str], Mapping[str, np.ndarray]]]:
         yield load
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests over eight devices run one after the other, in one worker: each of them is eight threads already."""
-    for item in items:
-        if "eight_devices" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("eight devices"))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests over eight devices run one at a time, whatever process they are in: each is eight threads already."""
+    if "eight_devices" not in getattr(item, "fixturenames", ()):
+        return (yield)
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with open(_CACHE / "eight_devices.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,17 @@ def fan_in_uniform(fan_in: int) -> Initializer:
     return init
 
 
+@functools.lru_cache
+def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010), for weights of any layout. Cached, as above."""
+    bound = (6.0 / (fan_in + fan_out)) ** 0.5
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """What one parameter is, before it has values.

@@ -67,7 +67,13 @@ def linear_specs(
 
 
 def gated_mlp_specs(
-    width: int, hidden: int, *, bias: bool, dtype: Any = jnp.float32, may_replicate: bool = False
+    width: int,
+    hidden: int,
+    *,
+    bias: bool,
+    dtype: Any = jnp.float32,
+    init: Initializer = WEIGHT_INIT,
+    may_replicate: bool = False,
 ) -> GatedMLP:
     """The declaration of a gated MLP from `width` through `hidden` and back.
 
@@ -75,6 +81,7 @@ def gated_mlp_specs(
         width, hidden: sizes.
         bias: whether the three maps have one.
         dtype: of the stored parameters.
+        init: of the weights.
         may_replicate: where `hidden` does not divide by its mesh axes, keep it whole on each of them (reported).
     """
     into = linear_specs(
@@ -82,6 +89,7 @@ def gated_mlp_specs(
         (("mlp", hidden),),
         bias=bias,
         dtype=dtype,
+        init=init,
         fallbacks=((None, "embed"),) if may_replicate else (),
     )
     out_of = linear_specs(
@@ -89,6 +97,7 @@ def gated_mlp_specs(
         (("embed", width),),
         bias=bias,
         dtype=dtype,
+        init=init,
         fallbacks=(("embed", None),) if may_replicate else (),
     )
     return GatedMLP(gate=into, up=into, down=out_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
+    unused: Mapping[str, np.ndarray] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes parameters under their published names, in the dtypes they have.
@@ -38,6 +40,7 @@ def export(
         metadata: more text for the header, `{"format": "pt"}` by default.
         max_shard_bytes: largest amount of data in one file.
         overwrite: allow an existing file to be replaced.
+        unused: tensors that no leaf fills, by published name: written as they are, behind the others.
         progress: called after every leaf.
 
     Raises:
@@ -52,6 +55,7 @@ def export(
         metadata=metadata,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
+        unused=unused,
         progress=progress,
     )
 
@@ -65,6 +69,7 @@ def export_streamed(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
+    unused: Mapping[str, np.ndarray] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> ExportReport:
     """As `export`, for leaves that are read when their turn comes: at most one is held.
@@ -73,13 +78,13 @@ def export_streamed(
         table: the published layout.
         leaves: dotted leaf name -> anything with its shape and dtype.
         read: gives a leaf as a host array; called once for each that has a published name.
-        path, metadata, max_shard_bytes, overwrite, progress: as in `export`.
+        path, metadata, max_shard_bytes, overwrite, unused, progress: as in `export`.
 
     Raises:
         CheckpointError: as `export`, and what `read` raises.
     """
     plan = bind(table, dict(leaves))
-    exporter = _Exporter(plan, leaves, read, progress)
+    exporter = _Exporter(plan, leaves, read, unused, progress)
     aliases = {alias: slot.names[0] for binding in plan.bindings for slot in binding.slots for alias in slot.names[1:]}
     files = write_safetensors(
         path,
@@ -98,19 +103,28 @@ class _Exporter:
     """Gives the writer its tensors, holding one leaf on the host at a time."""
 
     def __init__(
-        self, plan: Plan, leaves: Mapping[str, Any], read: Callable[[str], np.ndarray], progress: Progress | None
+        self,
+        plan: Plan,
+        leaves: Mapping[str, Any],
+        read: Callable[[str], np.ndarray],
+        unused: Mapping[str, np.ndarray],
+        progress: Progress | None,
     ) -> None:
-        self._read_leaf, self._progress = read, progress
+        self._read_leaf, self._unused, self._progress = read, unused, progress
         self._slots = {slot.names[0]: (binding, slot) for binding in plan.bindings for slot in binding.slots}
         self.tensors = [
             TensorInfo(name, np.dtype(leaves[binding.leaf].dtype), binding.source_shape)
             for name, (binding, _) in self._slots.items()
         ]
+        self.tensors += [TensorInfo(name, array.dtype, array.shape) for name, array in unused.items()]
         self._total = sum(info.nbytes for info in self.tensors)
         self._done = 0
         self._held: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str) -> np.ndarray:
+        if name in self._unused:
+            self._done += self._unused[name].nbytes
+            return self._unused[name]
         binding, slot = self._slots[name]
         if self._held is None or self._held[0] != binding.leaf:
             self._held = None

@@ -1,0 +1,157 @@
+"""Expert folders in the published layout: `config.json` beside `model.safetensors` or `pytorch_model.bin`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdt2_jax.action_expert.config import CONFIG_FILE, ActionExpertConfig, read_config, write_config
+from rdt2_jax.action_expert.model import ActionExpertParams, param_specs
+from rdt2_jax.errors import CheckpointError
+from rdt2_jax.hub import model_folder
+from rdt2_jax.io.files import atomic_directory, make_folder
+from rdt2_jax.io.torch_archive import read_torch_archive
+from rdt2_jax.params import PyTree
+from rdt2_jax.weights.action_expert import action_expert_table, unused_tensors
+from rdt2_jax.weights.loader import KEEP_SOURCE, LoadReport, Progress, export, load
+from rdt2_jax.weights.safetensors_files import SINGLE_FILE
+from rdt2_jax.weights.sources import ArraySource, TensorSource
+
+TORCH_FILE = "pytorch_model.bin"
+
+_WEIGHTS = (SINGLE_FILE, TORCH_FILE)
+
+
+@dataclass(frozen=True)
+class LoadedExpert:
+    """An expert on its devices.
+
+    Attributes:
+        config: its shape.
+        params: its parameters.
+        folder: where they were; None: made from scratch.
+        report: what loading did.
+    """
+
+    config: ActionExpertConfig
+    params: ActionExpertParams
+    folder: Path | None = None
+    report: LoadReport | None = None
+
+
+def load_expert(
+    folder: str | os.PathLike[str],
+    config: ActionExpertConfig | None = None,
+    *,
+    dtype: Any = None,
+    shardings: PyTree | None = None,
+    progress: Progress | None = None,
+) -> LoadedExpert:
+    """Reads a published expert, or one that `save_expert` wrote.
+
+    Args:
+        folder: a folder or a hub name, see `hub.model_folder`.
+        config: its shape; None: the folder's config.json.
+        dtype: floating dtype of the parameters; None keeps the stored one.
+        shardings: where parameters go; None: the default device.
+        progress: called after every leaf.
+
+    Raises:
+        CheckpointError: no such folder, no weights or two sets of them, or weights that do not fit the configuration or
+            are damaged; lists everything.
+        ConfigError: no usable config.json.
+        UnsafeFileError: a torch file that would run code.
+    """
+    path = model_folder(folder, needs=(CONFIG_FILE,), wants=_WEIGHTS)
+    config = read_config(path) if config is None else config
+    with _tensors(path) as source:
+        params, report = load(
+            action_expert_table(config),
+            param_specs(config),
+            source,
+            shardings=shardings,
+            dtype=KEEP_SOURCE if dtype is None else dtype,
+            progress=progress,
+        )
+    return LoadedExpert(config, params, path, report)
+
+
+def save_expert(
+    expert: LoadedExpert, folder: str | os.PathLike[str], *, overwrite: bool = False, files: Mapping[str, bytes] = {}
+) -> Path:
+    """Writes an expert in the published layout; the folder appears only when it is complete.
+
+    Tensors that the published code has but never uses are written too, with the values of a fresh model, so that it
+    finds nothing missing.
+
+    Args:
+        expert: with stacked parameters.
+        folder: the new folder; missing parents are created.
+        overwrite: allow a folder with an expert, and nothing else but `files`, to be replaced.
+        files: name -> content of small files to put beside the weights.
+
+    Raises:
+        CheckpointError: `folder` exists, or layers are not stacked.
+    """
+    if isinstance(expert.params.layers, tuple):
+        raise CheckpointError(
+            "layers must be stacked to be saved", found="a tree per layer", fix="save before unstacking"
+        )
+    target = Path(os.path.abspath(folder))
+    _require_replaceable(target, overwrite, files)
+    make_folder(target.parent)
+    with atomic_directory(target, overwrite=overwrite) as temporary:
+        export(
+            action_expert_table(expert.config),
+            expert.params,
+            temporary / SINGLE_FILE,
+            unused=unused_tensors(expert.config),
+        )
+        write_config(expert.config, temporary / CONFIG_FILE)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        _require_replaceable(target, overwrite, files)  # what came in meanwhile is nobody's to delete
+    return target
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[TensorSource | Path]:
+    """The one set of weights of a folder."""
+    found = [name for name in _WEIGHTS if (folder / name).is_file()]
+    if len(found) != 1:
+        raise CheckpointError(
+            "two sets of weights in one folder" if found else "no weights in the folder",
+            where=folder,
+            expected=" or ".join(_WEIGHTS),
+            found=", ".join(sorted(file.name for file in folder.iterdir())[:20]),
+        )
+    file = folder / found[0]
+    if found[0] == SINGLE_FILE:
+        yield file
+        return
+    tensors = read_torch_archive(file)
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError("not a set of tensors", where=file, expected="a state dict", found=type(tensors).__name__)
+    yield ArraySource(tensors, where=str(file))
+
+
+def _require_replaceable(target: Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError("the target exists", where=target, fix="choose another name, or pass overwrite=True")
+    strangers = [
+        entry.name for entry in sorted(target.iterdir()) if entry.name not in {CONFIG_FILE, SINGLE_FILE, *files}
+    ]
+    if strangers:
+        raise CheckpointError(
+            "the folder has other things in it, which overwriting would delete",
+            where=target,
+            expected=f"{CONFIG_FILE} and {SINGLE_FILE} alone",
+            found=", ".join(strangers),
+            fix="move them elsewhere, or choose another name",
+        )

@@ -1,0 +1,455 @@
+"""The network: a noisy chunk, a time and a condition to the velocity that leads to actions.
+
+A transformer over the chunk's frames and a few registers. Every block attends to itself, then to the keys and values
+of one backbone layer, exactly as the backbone left them; its norms are modulated by time and state (adaLN, Peebles and
+Xie, arXiv 2212.09748). Source: RDT2 (arXiv 2602.03310) and its public code.
+
+Modulations depend on time and state alone. They are two thirds of the published weights, so `prepare` computes those of
+all the times of a sampler at once: the weights are then read once per chunk instead of once per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rdt2_jax.action_expert.config import ActionExpertConfig
+from rdt2_jax.errors import DataError
+from rdt2_jax.layers.attention import attention
+from rdt2_jax.layers.compute import Compute
+from rdt2_jax.layers.linear import GatedMLP, Linear, gated_mlp, gated_mlp_specs, linear, linear_specs
+from rdt2_jax.layers.norms import norm_specs, rms_norm
+from rdt2_jax.layers.stack import num_layers, over_layers, unstack
+from rdt2_jax.params import Initializer, ParamSpec, fan_in_uniform, glorot_uniform, normal, stack, zeros
+from rdt2_jax.problems import Problems
+
+TIME_FREQUENCIES = 256
+"""Width of the time's sines and cosines."""
+
+MAX_PERIOD = 10_000.0
+"""Longest period of the time's frequencies. Times in [0, 1] go in unscaled, as published."""
+
+BRANCHES = 3
+"""Self-attention, cross-attention, MLP: each with a shift, a scale and a gate."""
+
+
+@struct.dataclass
+class SelfAttention:
+    """Weights (heads, head_dim, embed); `key_value` (2, kv_heads, head_dim, embed); norms of every head's queries and
+    keys (head_dim,)."""
+
+    query: Linear
+    key_value: Linear
+    query_norm: Any
+    key_norm: Any
+    out: Linear
+
+
+@struct.dataclass
+class CrossAttention:
+    """Queries alone: keys and values are the backbone's."""
+
+    query: Linear
+    query_norm: Any
+    out: Linear
+
+
+@struct.dataclass
+class ExpertLayer:
+    """One block; `modulation` (3 branches, 3, embed, 2 embed), the second axis shift, scale, gate."""
+
+    modulation: Linear
+    self_norm: Any
+    self_attention: SelfAttention
+    cross_norm: Any
+    cross_attention: CrossAttention
+    mlp_norm: Any
+    mlp: GatedMLP
+
+
+@struct.dataclass
+class Head:
+    """What follows the blocks; `modulation` (2, embed, 2 embed): shift, scale."""
+
+    modulation: Linear
+    norm: Any
+    up: Linear
+    down: Linear
+
+
+@struct.dataclass
+class ActionExpertParams:
+    """All parameters.
+
+    Attributes:
+        action_adaptor, state_adaptor: three linear maps with SiLU between them.
+        time: two linear maps with SiLU between them.
+        registers: (registers, embed).
+        positions: (frames + registers, embed), learnt.
+        state_position: (embed,), learnt.
+        layers: `ExpertLayer` stacked on a leading axis, or a tuple of them.
+        head: the way back to actions.
+    """
+
+    action_adaptor: tuple[Linear, Linear, Linear]
+    state_adaptor: tuple[Linear, Linear, Linear]
+    time: tuple[Linear, Linear]
+    registers: Any
+    positions: Any
+    state_position: Any
+    layers: ExpertLayer | tuple[ExpertLayer, ...]
+    head: Head
+
+
+@struct.dataclass
+class Condition:
+    """What the backbone says: `qwen2_5_vl.model.keys_and_values` of the layers that the expert reads.
+
+    Attributes:
+        keys_values: keys and values (B, kv_heads, length, head_dim) of every layer, in a tuple or stacked.
+        valid: bool (B, length), False for padding.
+    """
+
+    keys_values: Any
+    valid: Any
+
+
+@struct.dataclass
+class Prepared:
+    """What does not change while a chunk is sampled.
+
+    Attributes:
+        condition: with one layer per block, in the layout of the parameters, in the dtype of the activations.
+        modulations: of every block (times, B, 3, 3, embed), in the layout of the parameters.
+        head: (times, B, 2, embed).
+    """
+
+    condition: Condition
+    modulations: Any
+    head: jax.Array
+
+    @property
+    def num_times(self) -> int:
+        """How many times it was made for."""
+        return self.head.shape[0]
+
+
+def param_specs(config: ActionExpertConfig, dtype: Any = jnp.float32) -> ActionExpertParams:
+    """The declaration of all parameters, with the initial values of the published code.
+
+    Modulations and the last map start at zero: a fresh expert predicts velocity zero.
+    """
+    width, embed = config.hidden_size, (("embed", config.hidden_size),)
+    heads = (("heads", config.num_heads), ("head_dim", config.head_dim))
+    key_value = ((None, 2), ("kv_heads", config.num_kv_heads), ("head_dim", config.head_dim))
+    glorot = glorot_uniform(width, width)
+    glorot_key_value = glorot_uniform(width, 2 * config.num_kv_heads * config.head_dim)
+    both = (("embed", 2 * width),)
+
+    def modulation(*parts: int) -> Linear:
+        return linear_specs(both, (*((None, n) for n in parts), ("mlp", width)), bias=True, dtype=dtype, init=zeros)
+
+    def projection(inputs: Any, outputs: Any, init: Initializer = glorot) -> Linear:
+        # few key heads stay whole where the tensor axis has more devices than there are
+        replicable = ((None, None, None, "embed"),) if outputs is key_value else ()
+        return linear_specs(inputs, outputs, bias=False, dtype=dtype, init=init, fallbacks=replicable)
+
+    head_norm = norm_specs(config.head_dim, dtype, axis="head_dim")
+    layer = ExpertLayer(
+        modulation=modulation(BRANCHES, 3),
+        self_norm=norm_specs(width, dtype),
+        self_attention=SelfAttention(
+            query=projection(embed, heads),
+            key_value=projection(embed, key_value, glorot_key_value),
+            query_norm=head_norm,
+            key_norm=head_norm,
+            out=projection(heads, embed),
+        ),
+        cross_norm=norm_specs(width, dtype),
+        cross_attention=CrossAttention(
+            query=projection(embed, heads), query_norm=head_norm, out=projection(heads, embed)
+        ),
+        mlp_norm=norm_specs(width, dtype),
+        mlp=gated_mlp_specs(
+            width, config.mlp_size, bias=False, dtype=dtype, init=glorot_uniform(width, config.mlp_size)
+        ),
+    )
+    hidden = 4 * width
+    positions = _initial_positions(config.chunk_length, config.num_registers, width)
+    return ActionExpertParams(
+        action_adaptor=_adaptor_specs(config.action_dim, width, dtype),
+        state_adaptor=_adaptor_specs(config.state_dim, width, dtype),
+        time=(
+            linear_specs(((None, TIME_FREQUENCIES),), (("mlp", width),), bias=True, dtype=dtype),
+            linear_specs((("mlp", width),), embed, bias=True, dtype=dtype),
+        ),
+        registers=ParamSpec((config.num_registers, width), (None, "embed"), normal(1.0), dtype),
+        positions=ParamSpec((config.num_tokens, width), (None, "embed"), positions, dtype),
+        state_position=ParamSpec((width,), ("embed",), zeros, dtype),
+        layers=stack(layer, config.num_layers),
+        head=Head(
+            modulation=modulation(2),
+            norm=norm_specs(width, dtype),
+            up=linear_specs(embed, (("mlp", hidden),), bias=True, dtype=dtype, init=glorot_uniform(width, hidden)),
+            down=linear_specs((("mlp", hidden),), ((None, config.action_dim),), bias=True, dtype=dtype, init=zeros),
+        ),
+    )
+
+
+def unstacked(params: ActionExpertParams, *, delete: bool = False) -> ActionExpertParams:
+    """The same parameters with a tree per layer, for inference on one device. Not for use inside jit."""
+    return dataclasses.replace(params, layers=unstack(params.layers, delete=delete))
+
+
+def velocity(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    x: jax.Array,
+    t: jax.Array,
+    condition: Condition,
+    state: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """The velocity dx/dt of the flow from noise (t = 0) to normalised actions (t = 1).
+
+    Args:
+        params: parameters.
+        config: their shape.
+        x: (B, frames, action_dim), between noise and normalised actions.
+        t: (B,) or (), in [0, 1].
+        condition: what the backbone says.
+        state: (B, state_dim), zeros where the robot gives none.
+        compute: how to compute it.
+
+    Returns:
+        (B, frames, action_dim) in the dtype of the activations.
+
+    Raises:
+        DataError: shapes that do not fit the configuration or each other.
+    """
+    times = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])[None]
+    prepared = prepare(params, config, condition, state, times, compute)
+    return prepared_velocity(params, config, x, prepared.condition, modulations_at(prepared, 0), compute)
+
+
+def prepare(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    condition: Condition,
+    state: jax.Array,
+    times: jax.Array,
+    compute: Compute,
+) -> Prepared:
+    """Everything that does not depend on the noisy chunk, for all the times at which the velocity will be wanted.
+
+    Args:
+        params, config, condition, state, compute: as in `velocity`.
+        times: (times, B) or (times, 1) float32.
+
+    Raises:
+        DataError: shapes that do not fit the configuration or each other.
+    """
+    batch = condition.valid.shape[0]
+    _require_condition(config, condition, state)
+    embedded = _embed_times(params, times.astype(jnp.float32), compute)
+    described = _mlp(params.state_adaptor, state.astype(compute.dtype)) + params.state_position.astype(compute.dtype)
+    shape = (times.shape[0], batch, config.hidden_size)
+    both = jnp.concatenate([jnp.broadcast_to(embedded, shape), jnp.broadcast_to(described, shape)], axis=-1)
+    driver = compute.constrain(jax.nn.silu(both), None, "batch", None)
+
+    def body(_: None, layer: ExpertLayer, __: Any) -> tuple[None, jax.Array]:
+        return None, linear(layer.modulation, driver)
+
+    _, modulations = over_layers(body, None, params.layers, compute)
+    keys_values = _one_per_layer(params, condition.keys_values, compute)
+    return Prepared(Condition(keys_values, condition.valid), modulations, linear(params.head.modulation, driver))
+
+
+def modulations_at(prepared: Prepared, index: Any) -> tuple[Any, jax.Array]:
+    """Modulations of the blocks and of the head at one of the prepared times."""
+    layers = prepared.modulations
+    if isinstance(layers, tuple):
+        return tuple(layer[index] for layer in layers), prepared.head[index]
+    return layers[:, index], prepared.head[index]
+
+
+def prepared_velocity(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    x: jax.Array,
+    condition: Condition,
+    modulations: tuple[Any, jax.Array],
+    compute: Compute,
+) -> jax.Array:
+    """`velocity` at a time that was prepared.
+
+    Args:
+        params, config, x, compute: as in `velocity`.
+        condition: `Prepared.condition`.
+        modulations: see `modulations_at`.
+    """
+    per_layer, head = modulations
+    if x.shape != (condition.valid.shape[0], config.chunk_length, config.action_dim):
+        raise DataError(
+            "chunks have the wrong shape",
+            where="x",
+            expected=(condition.valid.shape[0], config.chunk_length, config.action_dim),
+            found=x.shape,
+        )
+    tokens = _mlp(params.action_adaptor, x.astype(compute.dtype))
+    registers = jnp.broadcast_to(params.registers.astype(compute.dtype), (x.shape[0], *params.registers.shape))
+    hidden = jnp.concatenate([tokens, registers], axis=1) + params.positions.astype(compute.dtype)
+    hidden = compute.constrain(hidden, "batch", None, None)
+
+    def body(hidden: jax.Array, layer: ExpertLayer, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+        keys_values, modulation = inputs
+        return _block(layer, config, hidden, keys_values, condition.valid, modulation, compute), None
+
+    inputs = (condition.keys_values, per_layer)
+    if isinstance(per_layer, tuple):
+        inputs = tuple(zip(*inputs, strict=True))
+    hidden, _ = over_layers(body, hidden, params.layers, compute, inputs)
+    normalized = _modulate(rms_norm(params.head.norm, hidden, config.norm_eps), head[:, 0], head[:, 1])
+    actions = linear(params.head.down, jax.nn.silu(linear(params.head.up, normalized)))
+    return actions[:, : config.chunk_length]
+
+
+def _block(
+    layer: ExpertLayer,
+    config: ActionExpertConfig,
+    hidden: jax.Array,
+    keys_values: Any,
+    valid: jax.Array,
+    modulation: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """One block; `modulation` (B, 3 branches, 3, embed)."""
+    branches = (
+        (layer.self_norm, lambda x: _attend_to_self(layer.self_attention, config, x, compute)),
+        (
+            layer.cross_norm,
+            lambda x: _attend_to_backbone(layer.cross_attention, config, x, keys_values, valid, compute),
+        ),
+        (layer.mlp_norm, lambda x: gated_mlp(layer.mlp, x)),
+    )
+    for i, (norm, branch) in enumerate(branches):
+        shift, scale, gate = (modulation[:, i, j] for j in range(3))
+        update = branch(_modulate(rms_norm(norm, hidden, config.norm_eps), shift, scale))
+        hidden = compute.constrain(hidden + gate[:, None] * update, "batch", None, None)
+    return hidden
+
+
+def _attend_to_self(layer: SelfAttention, config: ActionExpertConfig, x: jax.Array, compute: Compute) -> jax.Array:
+    query = rms_norm(layer.query_norm, linear(layer.query, x), config.norm_eps)
+    key_value = linear(layer.key_value, x)
+    key = rms_norm(layer.key_norm, key_value[:, :, 0], config.norm_eps)
+    heads = (jnp.swapaxes(part, 1, 2) for part in (query, key, key_value[:, :, 1]))
+    mixed = attention(*heads, backend=compute.attention, query_chunk=compute.query_chunk)
+    return linear(layer.out, jnp.swapaxes(mixed, 1, 2), num_inputs=2)
+
+
+def _attend_to_backbone(
+    layer: CrossAttention,
+    config: ActionExpertConfig,
+    x: jax.Array,
+    keys_values: Any,
+    valid: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """The backbone's keys are taken as they are: turned by their positions, not normalised. Queries are not turned."""
+    query = rms_norm(layer.query_norm, linear(layer.query, x), config.norm_eps)
+    mixed = attention(
+        jnp.swapaxes(query, 1, 2),
+        keys_values.key,
+        keys_values.value,
+        backend=compute.attention,
+        key_valid=valid,
+        query_chunk=compute.query_chunk,
+    )
+    return linear(layer.out, jnp.swapaxes(mixed, 1, 2), num_inputs=2)
+
+
+def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """(B, tokens, embed) with shift and scale (B, embed)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _mlp(layers: tuple[Linear, ...], x: jax.Array) -> jax.Array:
+    """Linear maps with SiLU between them."""
+    for layer in layers[:-1]:
+        x = jax.nn.silu(linear(layer, x))
+    return linear(layers[-1], x)
+
+
+def _embed_times(params: ActionExpertParams, times: jax.Array, compute: Compute) -> jax.Array:
+    """float32 (...) -> (..., embed)."""
+    return _mlp(params.time, time_features(times).astype(compute.dtype))
+
+
+def time_features(times: jax.Array, width: int = TIME_FREQUENCIES) -> jax.Array:
+    """Cosines, then sines, of times at geometrically spaced frequencies: float32 (...) -> (..., width)."""
+    half = width // 2
+    angles = times[..., None] * jnp.exp(-math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _one_per_layer(params: ActionExpertParams, keys_values: Any, compute: Compute) -> Any:
+    """Keys and values for every block, in the layout of the parameters; fewer than blocks are repeated in turn."""
+    count, given = num_layers(params.layers), num_layers(keys_values)
+    keys_values = jax.tree.map(lambda x: x.astype(compute.dtype), keys_values)
+    if isinstance(params.layers, tuple):
+        per_layer = keys_values if isinstance(keys_values, tuple) else unstack(keys_values)
+        return tuple(per_layer[i % given] for i in range(count))
+    if isinstance(keys_values, tuple):
+        keys_values = jax.tree.map(lambda *layers: jnp.stack(layers), *keys_values)
+    return keys_values if given == count else jax.tree.map(lambda x: x[jnp.arange(count) % given], keys_values)
+
+
+def _require_condition(config: ActionExpertConfig, condition: Condition, state: jax.Array) -> None:
+    """What can be told from shapes alone, inside jit too."""
+    problems = Problems()
+    batch, length = condition.valid.shape
+    given = num_layers(condition.keys_values)
+    if given != len(config.condition_layers):
+        problems.add(f"keys and values of {given} layers, the expert reads {len(config.condition_layers)}")
+    expected = (batch, config.num_kv_heads, length, config.head_dim)
+    for leaf in jax.tree.leaves(condition.keys_values):
+        found = leaf.shape if isinstance(condition.keys_values, tuple) else leaf.shape[1:]
+        if found != expected:
+            problems.add(f"keys or values of shape {found}, expected {expected}")
+            break
+    if state.shape != (batch, config.state_dim):
+        problems.add(f"state of shape {state.shape}, expected {(batch, config.state_dim)}")
+    problems.raise_if_any(DataError, "the condition does not fit the action expert", where="Condition")
+
+
+def _adaptor_specs(inputs: int, width: int, dtype: Any) -> tuple[Linear, Linear, Linear]:
+    def specs(size: int, axis: str | None) -> Linear:
+        uniform = fan_in_uniform(size)
+        layer = linear_specs(((axis, size),), (("mlp", width),), bias=True, dtype=dtype, init=uniform)
+        return dataclasses.replace(layer, bias=dataclasses.replace(layer.bias, init=uniform))
+
+    return specs(inputs, None), specs(width, "embed"), specs(width, "embed")
+
+
+@functools.lru_cache
+def _initial_positions(frames: int, registers: int, width: int) -> Initializer:
+    """Sines and cosines of the place within actions or registers, plus those of 0 for actions, of 1 for registers."""
+    places = np.concatenate([np.arange(frames), np.arange(registers)])
+    kinds = np.repeat([0, 1], [frames, registers])
+    table = _sines_and_cosines(places, width) + _sines_and_cosines(kinds, width)
+    return lambda key, shape, dtype: jnp.asarray(table, dtype)
+
+
+def _sines_and_cosines(places: np.ndarray, width: int) -> np.ndarray:
+    """float64 (places, width): sines, then cosines."""
+    frequencies = MAX_PERIOD ** -(np.arange(width // 2) / (width / 2))
+    angles = places[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)

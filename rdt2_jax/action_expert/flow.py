@@ -143,12 +143,11 @@ def sample(
     times = jnp.asarray(schedule.velocity_times, jnp.float32)
     prepared = prepare(params, config, condition, state, times[:, None], compute)
 
-    def velocity_at(x: jax.Array, index: jax.Array) -> jax.Array:
+    def free(x: jax.Array, index: jax.Array) -> jax.Array:
         modulations = modulations_at(prepared, index)
         return prepared_velocity(params, config, x, prepared.condition, modulations, compute).astype(jnp.float32)
 
-    if prefix is not None:
-        velocity_at = _guided(velocity_at, times, prefix, schedule, noise)
+    velocity_at: _Velocity = free if prefix is None else _guided(free, times, prefix, schedule, noise)
     lengths = jnp.diff(jnp.asarray(schedule.ends, jnp.float32))
     return jax.lax.fori_loop(
         0,

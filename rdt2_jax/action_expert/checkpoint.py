@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from rdt2_jax.action_expert.config import CONFIG_FILE, ActionExpertConfig, read_config, write_config
+from rdt2_jax.action_expert.config import CONFIG_FILE, ActionExpertConfig, published_config, read_config
 from rdt2_jax.action_expert.model import ActionExpertParams, param_specs
 from rdt2_jax.errors import CheckpointError
 from rdt2_jax.hub import model_folder
-from rdt2_jax.io.files import atomic_directory, make_folder
 from rdt2_jax.io.torch_archive import read_torch_archive
 from rdt2_jax.params import PyTree
 from rdt2_jax.weights.action_expert import action_expert_table, unused_tensors
+from rdt2_jax.weights.folders import published_folder
 from rdt2_jax.weights.loader import KEEP_SOURCE, LoadReport, Progress, export, load
 from rdt2_jax.weights.safetensors_files import SINGLE_FILE
 from rdt2_jax.weights.sources import ArraySource, TensorSource
@@ -81,7 +82,11 @@ def load_expert(
 
 
 def save_expert(
-    expert: LoadedExpert, folder: str | os.PathLike[str], *, overwrite: bool = False, files: Mapping[str, bytes] = {}
+    expert: LoadedExpert,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Writes an expert in the published layout; the folder appears only when it is complete.
 
@@ -101,20 +106,14 @@ def save_expert(
         raise CheckpointError(
             "layers must be stacked to be saved", found="a tree per layer", fix="save before unstacking"
         )
-    target = Path(os.path.abspath(folder))
-    _require_replaceable(target, overwrite, files)
-    make_folder(target.parent)
-    with atomic_directory(target, overwrite=overwrite) as temporary:
+    files = {**files, CONFIG_FILE: published_config(expert.config).encode()}
+    with published_folder(folder, files, overwrite=overwrite) as (temporary, target):
         export(
             action_expert_table(expert.config),
             expert.params,
             temporary / SINGLE_FILE,
             unused=unused_tensors(expert.config),
         )
-        write_config(expert.config, temporary / CONFIG_FILE)
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        _require_replaceable(target, overwrite, files)  # what came in meanwhile is nobody's to delete
     return target
 
 
@@ -137,21 +136,3 @@ def _tensors(folder: Path) -> Iterator[TensorSource | Path]:
     if not isinstance(tensors, Mapping):
         raise CheckpointError("not a set of tensors", where=file, expected="a state dict", found=type(tensors).__name__)
     yield ArraySource(tensors, where=str(file))
-
-
-def _require_replaceable(target: Path, overwrite: bool, files: Mapping[str, bytes]) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError("the target exists", where=target, fix="choose another name, or pass overwrite=True")
-    strangers = [
-        entry.name for entry in sorted(target.iterdir()) if entry.name not in {CONFIG_FILE, SINGLE_FILE, *files}
-    ]
-    if strangers:
-        raise CheckpointError(
-            "the folder has other things in it, which overwriting would delete",
-            where=target,
-            expected=f"{CONFIG_FILE} and {SINGLE_FILE} alone",
-            found=", ".join(strangers),
-            fix="move them elsewhere, or choose another name",
-        )

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from rdt2_jax.actions.layout import ACTION_DIM, CHUNK_LENGTH, STATE_DIM
 from rdt2_jax.config import FrozenConfig, PositiveInt, load_config, parse_config
 from rdt2_jax.errors import CheckpointError, ConfigError
-from rdt2_jax.io.files import atomic_write
 from rdt2_jax.problems import Problems
 from rdt2_jax.qwen2_5_vl.config import TextConfig
 
@@ -157,8 +156,8 @@ def read_config(path: str | Path) -> ActionExpertConfig:
     return parse_config(_PublishedConfig, published, where=str(file)).to_config()
 
 
-def write_config(config: ActionExpertConfig, path: Path) -> None:
-    """Writes `config.json` as the published code writes it, so that it loads there too.
+def published_config(config: ActionExpertConfig) -> str:
+    """The content of `config.json` as the published code writes it, so that it loads there too.
 
     Backbone layers other than the first ones are not part of the published file; where there are such, they stand
     under `selected_layers`, the name they have in the published training configuration.
@@ -191,8 +190,7 @@ def write_config(config: ActionExpertConfig, path: Path) -> None:
     }
     if config.condition_layers != tuple(range(config.num_layers)):
         published["selected_layers"] = list(config.condition_layers)
-    with atomic_write(path) as file:
-        file.write((json.dumps(published, indent=2) + "\n").encode())
+    return json.dumps(published, indent=2) + "\n"
 
 
 class _PublishedNetwork(FrozenConfig):

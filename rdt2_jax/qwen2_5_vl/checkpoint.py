@@ -32,22 +32,22 @@ from rdt2_jax.checkpoints import (
 )
 from rdt2_jax.errors import CheckpointError
 from rdt2_jax.host_arrays import device_value
-from rdt2_jax.io.files import atomic_directory, make_folder
 from rdt2_jax.params import PyTree, from_named_leaves, named_leaves, tree_bytes
 from rdt2_jax.qwen2_5_vl.config import MODEL_TYPE, Qwen25VLConfig, read_config
 from rdt2_jax.qwen2_5_vl.folder import (
     LAYERS,
     PARAMS_ITEM,
+    PUBLISHED_FILES,
     Extent,
     find_model,
     is_converted,
     require_extent,
-    require_replaceable,
     require_two_folders,
     small_files,
     stored_extent,
 )
 from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams
+from rdt2_jax.weights.folders import published_folder
 from rdt2_jax.weights.loader import (
     KEEP_SOURCE,
     ExportReport,
@@ -273,15 +273,10 @@ def write_published(
         progress: called after every leaf.
 
     Raises:
-        CheckpointError: `folder` exists, see `folder.require_replaceable`.
+        CheckpointError: `folder` exists, see `weights.folders.require_replaceable`.
         Rdt2Error: `folder` cannot be created.
     """
-    target = Path(os.path.abspath(folder))
-    require_replaceable(target, overwrite, files)
-    make_folder(target.parent)
-    with atomic_directory(target, overwrite=overwrite) as temporary:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
+    with published_folder(folder, files, known=PUBLISHED_FILES, overwrite=overwrite) as (temporary, target):
         report = export_streamed(
             table,
             leaves,
@@ -290,7 +285,6 @@ def write_published(
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
-        require_replaceable(target, overwrite, files)  # what came in meanwhile is nobody's to delete
     return dataclasses.replace(report, files=tuple(target / file.name for file in report.files))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ LAYERS = "text.layers."
 
 _WEIGHTS = ("*.safetensors", f"{PARAMS_ITEM}/*", "metadata/*")
 
-_PUBLISHED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
-_PUBLISHED_FILES = (
+PUBLISHED_FILES = (
     *(CONFIG_FILE, "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
     *(TOKENIZER_FILE, "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
@@ -169,42 +166,6 @@ def require_two_folders(source: Path, target: Path) -> None:
             expected="two folders side by side",
             found=f"{real_target}, and the source {real_source}",
             fix="name another folder",
-        )
-
-
-def require_replaceable(target: Path, overwrite: bool, new_files: Iterable[str] = ()) -> None:
-    """Refuses to write where something is that is not a folder of a published model, or may not be overwritten.
-
-    Args:
-        target: where a folder is to be written.
-        overwrite: whether one that is there may be replaced.
-        new_files: names of the small files that the new folder will have: an old one may have them too.
-
-    Raises:
-        CheckpointError: something is there, and without `overwrite`, or it is no folder with safetensors, or other
-            files or folders lie in it than those of a published model; names them.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError("the target exists", where=target, fix="choose another name, or pass overwrite=True")
-    if not any((target / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        raise CheckpointError(
-            "only a folder with safetensors is overwritten, and this is none", where=target, fix="remove it by hand"
-        )
-    known = {*_PUBLISHED_FILES, *new_files}
-    strangers = [
-        entry.name + ("/" if entry.is_dir() else "")
-        for entry in sorted(target.iterdir())
-        if entry.is_dir() or not (entry.name in known or _PUBLISHED_WEIGHTS.fullmatch(entry.name))
-    ]
-    if strangers:
-        raise CheckpointError(
-            "the model's folder has other things in it, which overwriting would delete",
-            where=target,
-            expected="safetensors, configuration, tokenizer and processor alone",
-            found=", ".join(strangers),
-            fix="move them elsewhere, or choose another name",
         )
 
 

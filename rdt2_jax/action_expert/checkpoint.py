@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from rdt2_jax.io.torch_archive import read_torch_archive
 from rdt2_jax.params import PyTree
 from rdt2_jax.weights.action_expert import action_expert_table, unused_tensors
 from rdt2_jax.weights.folders import published_folder
-from rdt2_jax.weights.loader import KEEP_SOURCE, LoadReport, Progress, export, load
+from rdt2_jax.weights.loader import KEEP_SOURCE, ExportReport, LoadReport, Progress, export, load
 from rdt2_jax.weights.safetensors_files import SINGLE_FILE
 from rdt2_jax.weights.sources import ArraySource, TensorSource
 
@@ -87,7 +87,7 @@ def save_expert(
     *,
     overwrite: bool = False,
     files: Mapping[str, bytes] = MappingProxyType({}),
-) -> Path:
+) -> ExportReport:
     """Writes an expert in the published layout; the folder appears only when it is complete.
 
     Tensors that the published code has but never uses are written too, with the values of a fresh model, so that it
@@ -108,13 +108,9 @@ def save_expert(
         )
     files = {**files, CONFIG_FILE: published_config(expert.config).encode()}
     with published_folder(folder, files, overwrite=overwrite) as (temporary, target):
-        export(
-            action_expert_table(expert.config),
-            expert.params,
-            temporary / SINGLE_FILE,
-            unused=unused_tensors(expert.config),
-        )
-    return target
+        table, unused = action_expert_table(expert.config), unused_tensors(expert.config)
+        report = export(table, expert.params, temporary / SINGLE_FILE, unused=unused)
+    return replace(report, files=tuple(target / file.name for file in report.files))
 
 
 @contextmanager

@@ -72,6 +72,44 @@ def weights(
         _print_summary(document)
 
 
+@convert.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), help="Convert to this dtype; default: as published."
+)
+@click.option("--overwrite", is_flag=True, help="Replace DST if it holds safetensors of an expert, and nothing else.")
+@json_option
+@command_needs("converting weights")
+def expert(source: str, target: Path, dtype: str | None, overwrite: bool, as_json: bool) -> None:
+    """An action expert (RDT2-FM or a distilled one) to safetensors, whose names and layout stay the published ones.
+
+    SRC is a local folder or a name on the Hugging Face hub, with config.json and pytorch_model.bin or
+    model.safetensors. The torch file is read without executing what is in it.
+    """
+    from rdt2_jax.action_expert.checkpoint import load_expert, save_expert
+    from rdt2_jax.params import named_leaves
+
+    started = time.monotonic()
+    with _progress("reading") as progress:
+        loaded = load_expert(source, dtype=dtype, progress=progress)
+    saved = save_expert(loaded, target, overwrite=overwrite)
+    document = {
+        "target": str(target),
+        "tensors": saved.num_tensors,
+        "leaves": len(named_leaves(loaded.params)),
+        "bytes": saved.nbytes,
+        "ignored": {} if loaded.report is None else dict(loaded.report.ignored),
+        "casts": {} if loaded.report is None else dict(loaded.report.casts),
+        "files": sorted(file.name for file in target.iterdir()),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _print_summary(document)
+
+
 def _convert(
     source: str, target: Path, num_layers: int | None, vision: bool, dtype: str | None, overwrite: bool
 ) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from rdt2_jax.action_expert.checkpoint import LoadedExpert, load_expert, save_expert
 from rdt2_jax.action_expert.config import preset
 from rdt2_jax.action_expert.model import unstacked
+from rdt2_jax.commands.convert import convert
 from rdt2_jax.errors import CheckpointError, Rdt2Error
 from rdt2_jax.weights.action_expert import unused_tensors
 
@@ -120,7 +122,8 @@ def test_a_torch_file_that_would_run_code_is_refused(folder: Path, tmp_path: Pat
 
 
 def test_saving_never_deletes_what_is_not_its_own(golden_expert: LoadedExpert, tmp_path: Path) -> None:
-    target = save_expert(golden_expert, tmp_path / "expert")
+    target = tmp_path / "expert"
+    assert save_expert(golden_expert, target).files == (target / "model.safetensors",)
     with pytest.raises(CheckpointError, match="exists"):
         save_expert(golden_expert, target)
     (target / "notes.txt").write_text("mine")
@@ -131,6 +134,24 @@ def test_saving_never_deletes_what_is_not_its_own(golden_expert: LoadedExpert, t
     with pytest.raises(CheckpointError, match="must be stacked"):
         save_expert(dataclasses.replace(golden_expert, params=unstacked(golden_expert.params)), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_command(folder: Path, golden_expert: LoadedExpert, tmp_path: Path) -> None:
+    """`rdt2 convert expert`: from the torch file to safetensors, with what was done."""
+    (folder / "model.safetensors").unlink()
+    shutil.copy(GOLDEN / "pytorch_model.bin", folder)
+    arguments = ["expert", str(folder), str(tmp_path / "new")]
+    result = CliRunner().invoke(convert, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["files"] == ["config.json", "model.safetensors"]
+    assert (document["tensors"], len(document["ignored"]), document["casts"]) == (102, 12, {})
+    chex.assert_trees_all_equal(load_expert(tmp_path / "new").params, golden_expert.params)
+    assert isinstance(CliRunner().invoke(convert, arguments).exception, CheckpointError)
+    again = CliRunner().invoke(convert, [*arguments, "--overwrite", "--dtype", "bfloat16"])
+    assert "102 tensors" in again.output
+    assert "converted to another dtype" in again.output
+    assert load_expert(tmp_path / "new").params.registers.dtype == jnp.bfloat16
 
 
 def test_unused_tensors_are_as_in_a_fresh_model() -> None:

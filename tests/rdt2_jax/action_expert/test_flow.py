@@ -204,3 +204,49 @@ def test_conditions_that_do_not_fit(golden_expert: LoadedExpert, condition: Any,
     for wrong, message in ((fewer, "keys and values of 2 layers"), (narrow, r"\(3, 2, 11, 8\)")):
         with pytest.raises(DataError, match=message):
             model.velocity(golden_expert.params, golden_expert.config, noise, 0.5, wrong, state, COMPUTE)
+
+
+def equations(jaxpr: Any) -> list[Any]:
+    """All equations of a program, those of its loops and calls too."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                    found += equations(getattr(inner, "jaxpr", inner))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_steps_share_one_program_and_what_does_not_change(
+    layout: str, golden_expert: LoadedExpert, condition: Any, state: Any, noise: Any
+) -> None:
+    """The program does not grow with the steps; modulations and the state's embedding are computed outside the loop."""
+    config = golden_expert.config
+    params = golden_expert.params if layout == "stacked" else model.unstacked(golden_expert.params)
+
+    def program(steps: int) -> Any:
+        run = lambda p: flow.sample(p, config, noise, condition, state, COMPUTE, schedule=Schedule(steps))  # noqa: E731
+        return jax.make_jaxpr(run)(params).jaxpr
+
+    five, fifty = program(5), program(50)
+    assert len(equations(five)) == len(equations(fifty))
+    (loop,) = [e for e in five.eqns if e.primitive.name in ("while", "scan") and is_over_steps(e, noise.shape)]
+    inside = products(equations(loop.params.get("body_jaxpr", loop.params.get("jaxpr")).jaxpr))
+    everywhere = products(equations(five))
+    width, hidden = 2 * config.hidden_size, config.hidden_size
+    modulations = {(9 * hidden, width), (2 * hidden, width)}
+    assert modulations <= everywhere
+    assert not modulations & inside
+    assert (config.mlp_size, hidden) in inside  # the test sees what is in the loop
+
+
+def is_over_steps(equation: Any, shape: tuple[int, ...]) -> bool:
+    """A loop that carries the chunk."""
+    return any(getattr(v.aval, "shape", None) == shape for v in equation.outvars)
+
+
+def products(found: list[Any]) -> set[tuple[int, ...]]:
+    """Shapes of the matrices that something is multiplied with."""
+    return {e.invars[1].aval.shape for e in found if e.primitive.name == "dot_general"}

@@ -33,7 +33,9 @@ $(PEER): $(READY)
 system:  ## Install or name the system packages for rendering
 	@sh tools/system_packages.sh
 
-demo: $(READY)  ## The main job: the action tokenizer on action chunks, with a picture
+demo: $(READY)  ## The main job: images and words to an action chunk, and the action tokenizer, with pictures
+	@mkdir -p out/demo
+	$(BIN)/rdt2 infer fm --random-weights tiny --instruction "Pick up the apple." --plot out/demo/chunk.png
 	$(BIN)/python examples/tokenizer_demo.py --out out/demo
 
 test: $(PEER) system  ## Run the tests
@@ -59,6 +61,7 @@ wheel-test: $(READY)  ## Build the wheel and use it, and the editable install, f
 bench: $(PEER)  ## Speed against torch and transformers with the same layers, weights and threads
 	$(BIN)/python benchmarks/action_tokenizer.py
 	$(BIN)/python benchmarks/qwen2_5_vl.py
+	$(BIN)/python benchmarks/policies.py
 
 soak: $(PEER)  ## Long tests, among them training the tokenizer from scratch to its stated quality
 	$(BIN)/python -m pytest -q -m slow

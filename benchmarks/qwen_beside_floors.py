@@ -30,13 +30,12 @@ from timing import take_turns
 from rdt2_jax.errors import Rdt2Error
 from rdt2_jax.layers.attention import AttentionBackend, default_backend
 from rdt2_jax.layers.compute import Compute
-from rdt2_jax.layers.stack import unstack
-from rdt2_jax.params import initialize, tree_bytes
+from rdt2_jax.params import tree_bytes
+from rdt2_jax.policy.random_weights import random_backbone_params
 from rdt2_jax.qwen2_5_vl import cost
 from rdt2_jax.qwen2_5_vl.config import Qwen25VLConfig, preset
 from rdt2_jax.qwen2_5_vl.int8 import quantize_decoder
-from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams, param_specs
-from rdt2_jax.qwen2_5_vl.vision import unstack_vision
+from rdt2_jax.qwen2_5_vl.model import Qwen25VLParams
 
 DTYPE = jnp.bfloat16
 
@@ -109,17 +108,6 @@ class Row:
     share_of_floor: float | None
     compiling_s: float | None
     error: str | None = None
-
-
-def random_params(config: Qwen25VLConfig, key: jax.Array) -> Qwen25VLParams:
-    """A tree per layer, bfloat16. Layers are drawn one by one, so that drawing needs little memory beside the model."""
-    one_layer = param_specs(config.with_layers(1), DTYPE)
-    params = initialize(one_layer, key)
-    layers = tuple(
-        unstack(initialize(one_layer.text.layers, jax.random.fold_in(key, i)), delete=True)[0]
-        for i in range(config.text.num_layers)
-    )
-    return Qwen25VLParams(vision=unstack_vision(params.vision, delete=True), text=params.text.replace(layers=layers))
 
 
 def tasks(params: Qwen25VLParams, config: Qwen25VLConfig, prompt: Prompt, run: Run) -> Iterator[Task]:
@@ -221,7 +209,7 @@ def run_preset(name: str, run: Run) -> dict[str, Any]:
     size, megabytes = (512, 64) if device.platform == "cpu" else (8192, 4096)
     rates = measure_rates(DTYPE, size=size, megabytes=megabytes, seconds=run.seconds)
     config = preset(name)
-    params = jax.block_until_ready(random_params(config, jax.random.key(0)))
+    params = jax.block_until_ready(random_backbone_params(config, jax.random.key(0), DTYPE))
     prompt = make_prompt(config, run.image_size, run.num_words)
     rows = []
     for task in tasks(params, config, prompt, run):

@@ -1,6 +1,7 @@
 """RDT2 in JAX: the models.
 
 Import what you need from its room: `rdt2_jax.actions` (what a chunk is; no jax), `rdt2_jax.action_tokenizer`, ...
+`rdt2_jax.load_policy` and `rdt2_jax.Observation` are here too.
 This file imports nothing heavy; rooms are loaded when they are first named (PEP 562).
 """
 
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _ROOMS = (
+    "action_expert",
     "action_tokenizer",
     "actions",
     "checkpoints",
@@ -20,23 +22,29 @@ _ROOMS = (
     "io",
     "layers",
     "params",
+    "policy",
     "quantization",
     "qwen2_5_vl",
     "sharding",
     "weights",
 )
 
+_NAMES = {"Observation": "actions", "load_policy": "policy"}
+"""What a few lines of Python need, and the rooms in which it lives."""
+
 try:
     __version__ = version("rdt2-jax")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_NAMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"rdt2_jax.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"rdt2_jax.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'rdt2_jax' has no attribute '{name}'; its rooms are {', '.join(_ROOMS)}")
 
 

@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `rdt2` script."""
     try:
         _attach_commands(rdt2, entry_points(group=COMMAND_GROUP))
-        rdt2.main(args=arguments, prog_name="rdt2", standalone_mode=False)
+        status = rdt2.main(args=arguments, prog_name="rdt2", standalone_mode=False)
+        if isinstance(status, int):  # what `ctx.exit(n)` and `raise Exit(n)` come back as
+            sys.exit(status)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except Rdt2Error as error:
         click.echo(f"error: {error}", err=True)

@@ -48,7 +48,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 @functools.lru_cache
 def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
-    """Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010), for weights of any layout. Cached, as above."""
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010), whatever the layout. Cached, as above."""
     bound = (6.0 / (fan_in + fan_out)) ** 0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -104,7 +104,7 @@ def velocity(
         compute: how to compute it.
 
     Returns:
-        (B, frames, action_dim) in the dtype of the activations.
+        float32 (B, frames, action_dim).
 
     Raises:
         DataError: shapes that do not fit the configuration or each other.
@@ -180,7 +180,7 @@ def prepared_velocity(
         )
     tokens = _mlp(params.action_adaptor, x.astype(compute.dtype))
     registers = jnp.broadcast_to(params.registers.astype(compute.dtype), (x.shape[0], *params.registers.shape))
-    hidden = jnp.concatenate([tokens, registers], axis=1) + params.positions.astype(compute.dtype)
+    hidden = jnp.concatenate([tokens, registers], axis=1).astype(jnp.float32) + params.positions.astype(jnp.float32)
     hidden = compute.constrain(hidden, "batch", None, None)
 
     def body(hidden: jax.Array, layer: ExpertLayer, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
@@ -191,9 +191,10 @@ def prepared_velocity(
     if isinstance(per_layer, tuple):
         inputs = tuple(zip(*inputs, strict=True))
     hidden, _ = over_layers(body, hidden, params.layers, compute, inputs)
+    hidden = hidden[:, : config.chunk_length]  # registers have done their work
     normalized = _modulate(rms_norm(params.head.norm, hidden, config.norm_eps), head[:, 0], head[:, 1])
-    actions = linear(params.head.down, jax.nn.silu(linear(params.head.up, normalized)))
-    return actions[:, : config.chunk_length]
+    widened = jax.nn.silu(linear(params.head.up, normalized.astype(compute.dtype)))
+    return linear(params.head.down, widened.astype(jnp.float32))
 
 
 def _block(
@@ -205,7 +206,8 @@ def _block(
     modulation: jax.Array,
     compute: Compute,
 ) -> jax.Array:
-    """One block; `modulation` (B, 3 branches, 3, embed)."""
+    """One block; `modulation` (B, 3 branches, 3, embed). What goes from block to block is float32: 28 tokens are few,
+    and most of the error of 16-bit activations would be in the sums."""
     branches = (
         (layer.self_norm, lambda x: _attend_to_self(layer.self_attention, config, x, compute)),
         (
@@ -216,7 +218,8 @@ def _block(
     )
     for i, (norm, branch) in enumerate(branches):
         shift, scale, gate = (modulation[:, i, j] for j in range(3))
-        update = branch(_modulate(rms_norm(norm, hidden, config.norm_eps), shift, scale))
+        modulated = _modulate(rms_norm(norm, hidden, config.norm_eps), shift, scale)
+        update = branch(modulated.astype(compute.dtype))
         hidden = compute.constrain(hidden + gate[:, None] * update, "batch", None, None)
     return hidden
 

@@ -103,6 +103,18 @@ def test_commands_are_attached_to_groups_by_name():
     assert root.commands["group"].commands["inner"] is inner
 
 
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_a_command_may_end_with_a_status_of_its_own(monkeypatch, status):
+    @click.command()
+    def ending() -> None:
+        raise click.exceptions.Exit(status)
+
+    monkeypatch.setitem(cli.rdt2.commands, "ending", ending)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["ending"])
+    assert end.value.code == status
+
+
 def test_two_commands_of_one_name_are_an_error():
     root = click.Group("root")
     cli._attach_commands(root, [Point("one", click.Command("one"))])

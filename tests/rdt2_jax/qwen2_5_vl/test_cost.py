@@ -20,8 +20,9 @@ from rdt2_jax.qwen2_5_vl.vision import encode_images
 COMPUTE = Compute()
 WHOLE_WINDOWS, RAGGED_WINDOWS = (1, 16, 24), (1, 28, 54)
 
-# What is left out (norms, rotations, softmax, activations) is a few percent at the tiny widths, and little at the 7B's.
-TINY_REST, LARGE_REST = 0.05, 0.005
+# What is left out (norms, rotations, softmax, activations) is a few percent at the tiny widths, and little at the 7B's;
+# releases of XLA count it a little differently (5.0% in one, 4.9% in another).
+TINY_REST, LARGE_REST = 0.06, 0.005
 
 
 def of(*shape, dtype=jnp.float32):

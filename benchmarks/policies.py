@@ -8,61 +8,28 @@ published sizes with random bfloat16 weights at batch 1. `--preset` asks for the
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
-
-import jax
-from rich.console import Console
+from command import Report, run_benchmark
 from rich.table import Table
 
 from rdt2_jax.policy.random_weights import SIZES
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument(
-        "--preset", choices=SIZES, help="policies of this size with random weights, beside their floors"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few rounds: shows that it runs, not how fast"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    arguments = parser.parse_args()
-    if arguments.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    elif arguments.device == "gpu":
-        try:
-            jax.devices("gpu")
-        except RuntimeError as error:
-            raise SystemExit(f"there is no GPU that jax can use: {error}") from error
-    if arguments.preset is None and jax.default_backend() == "cpu":
-        # torch is needed here alone: the other kind runs where there is none
-        from policies_beside_peer import run
-        from policies_match import FULL_POLICIES, QUICK_POLICIES
+def beside_peer(quick: bool) -> tuple[Report, Table]:
+    from policies_beside_peer import run
+    from policies_match import FULL_POLICIES, QUICK_POLICIES
 
-        report = run(QUICK_POLICIES if arguments.quick else FULL_POLICIES)
-        table = peer_table(report)
-    else:
-        from policies_beside_floors import FULL_RUN, QUICK_RUN, run_preset
-
-        report = run_preset(arguments.preset or "7b", QUICK_RUN if arguments.quick else FULL_RUN)
-        table = floor_table(report)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console = Console(width=120)
-    for key, value in report.items():
-        if key != "rows":
-            console.print(f"{key}: {value}", highlight=False, soft_wrap=True, markup=False)
-    console.print(table)
-    bad = failures(report)
-    if bad:
-        raise SystemExit("\n".join(bad))
+    report = run(QUICK_POLICIES if quick else FULL_POLICIES)
+    return report, peer_table(report)
 
 
-def failures(report: dict[str, Any]) -> list[str]:
+def beside_floors(preset: str, quick: bool) -> tuple[Report, Table]:
+    from policies_beside_floors import FULL_RUN, QUICK_RUN, run_preset
+
+    report = run_preset(preset, QUICK_RUN if quick else FULL_RUN)
+    return report, floor_table(report)
+
+
+def failures(report: Report) -> list[str]:
     """Rows over their bar, rows that could not be measured, stages that do not do what the policy does."""
     rows = report["rows"]
     bad = [
@@ -81,7 +48,7 @@ def failures(report: dict[str, Any]) -> list[str]:
     return bad
 
 
-def peer_table(report: dict[str, Any]) -> Table:
+def peer_table(report: Report) -> Table:
     """Ours beside the peer, and beside our prefill."""
     threads, layers = report["threads"], report["layers"]
     sizes = ", ".join(f"{name} {count / 1e6:.0f}M" for name, count in report["parameters"].items())
@@ -107,7 +74,7 @@ def peer_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def floor_table(report: dict[str, Any]) -> Table:
+def floor_table(report: Report) -> Table:
     """Latencies beside floors, and beside bars where there are any."""
     table = Table(
         title=f"{report['device']}, {report['preset']}, {report['dtype']}, batch 1, "
@@ -135,4 +102,4 @@ def floor_table(report: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(__doc__, SIZES, beside_peer, beside_floors, failures)

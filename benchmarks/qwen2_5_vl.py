@@ -7,59 +7,28 @@ batch 1. `--preset` asks for the second kind on any device.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
-
-import jax
-from rich.console import Console
+from command import Report, run_benchmark
 from rich.table import Table
 
 from rdt2_jax.qwen2_5_vl.config import PRESETS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--preset", choices=PRESETS, help="this model with random weights, beside its floors")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few rounds: shows that it runs, not how fast"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    arguments = parser.parse_args()
-    if arguments.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    elif arguments.device == "gpu":
-        try:
-            jax.devices("gpu")
-        except RuntimeError as error:
-            raise SystemExit(f"there is no GPU that jax can use: {error}") from error
-    if arguments.preset is None and jax.default_backend() == "cpu":
-        # torch is needed here alone: the other kind runs where there is none
-        from qwen_beside_peer import run
-        from qwen_match import FULL, QUICK
+def beside_peer(quick: bool) -> tuple[Report, Table]:
+    from qwen_beside_peer import run
+    from qwen_match import FULL, QUICK
 
-        report = run(QUICK if arguments.quick else FULL)
-        table = peer_table(report)
-    else:
-        from qwen_beside_floors import FULL_RUN, QUICK_RUN, run_preset
-
-        report = run_preset(arguments.preset or "7b", QUICK_RUN if arguments.quick else FULL_RUN)
-        table = floor_table(report)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console = Console(width=120)
-    for key, value in report.items():
-        if key != "rows":
-            console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    console.print(table)
-    bad = failures(report)
-    if bad:
-        raise SystemExit("\n".join(bad))
+    report = run(QUICK if quick else FULL)
+    return report, peer_table(report)
 
 
-def failures(report: dict[str, Any]) -> list[str]:
+def beside_floors(preset: str, quick: bool) -> tuple[Report, Table]:
+    from qwen_beside_floors import FULL_RUN, QUICK_RUN, run_preset
+
+    report = run_preset(preset, QUICK_RUN if quick else FULL_RUN)
+    return report, floor_table(report)
+
+
+def failures(report: Report) -> list[str]:
     """Rows over their bar, and rows that could not be measured."""
     judged = [row for row in report["rows"] if row.get("bar") is not None]
     over = [
@@ -78,7 +47,7 @@ def failures(report: dict[str, Any]) -> list[str]:
     return over + broken + ([f"attention kernels disagree: relative difference {difference:.1e}"] if wrong else [])
 
 
-def peer_table(report: dict[str, Any]) -> Table:
+def peer_table(report: Report) -> Table:
     """Ours beside the peer."""
     threads = report["threads"]
     table = Table(
@@ -103,7 +72,7 @@ def peer_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def floor_table(report: dict[str, Any]) -> Table:
+def floor_table(report: Report) -> Table:
     """Latencies beside the two floors."""
     table = Table(
         title=f"{report['device']}, {report['preset']}, bfloat16, batch 1, {report['prompt']['tokens']} tokens; "
@@ -127,4 +96,4 @@ def floor_table(report: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(__doc__, PRESETS, beside_peer, beside_floors, failures)

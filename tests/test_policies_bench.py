@@ -5,43 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from benchmark_runs import REPOSITORY, run_benchmark
 
-REPOSITORY = Path(__file__).parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
-SCRIPT = "benchmarks/policies.py"
-
-# runs the script as `python` does, with some modules as if they were not installed
-WITHOUT = """
-import runpy, sys
-script, *absent = sys.argv.pop(1).split(",")
-sys.modules.update(dict.fromkeys(absent))
-sys.path.insert(0, "benchmarks")
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-def one_processor():
-    """Threads of torch and XLA that wait for each other are slow on a machine that has other things to do."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def run(*arguments, absent=()):
-    script = ",".join([SCRIPT, *absent])
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT, script, *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        preexec_fn=one_processor,
-    )
+    return run_benchmark("policies.py", *arguments, absent=absent)
 
 
 def module(name, path):
@@ -229,7 +201,8 @@ def test_copies_in_a_program_that_xla_compiled():
     assert "f32[256,512]" in line
 
 
-def test_what_fails_the_benchmark():
+def test_what_fails_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     failures = module("policies", BENCHMARKS / "policies.py").failures
     fine = {"policy": "fm", "task": "chunk", "ms": 14.0, "bar": 15.0, "met": True, "error": None}
     over = {**fine, "policy": "vq", "ms": 130.0, "bar": 120.0, "met": False}

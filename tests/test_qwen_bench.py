@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parent.parent
-SCRIPT = "benchmarks/qwen2_5_vl.py"
-
-
-# runs the script as `python` does, with some modules as if they were not installed
-WITHOUT = """
-import runpy, sys
-script, *absent = sys.argv.pop(1).split(",")
-sys.modules.update(dict.fromkeys(absent))
-sys.path.insert(0, "benchmarks")
-runpy.run_path(script, run_name="__main__")
-"""
+from benchmark_runs import run_benchmark
 
 
 def run(*arguments, absent=()):
-    script = ",".join([SCRIPT, *absent])
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT, script, *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_benchmark("qwen2_5_vl.py", *arguments, absent=absent)
 
 
 @pytest.mark.torch_peer

@@ -20,9 +20,12 @@ def update(average: PyTree, params: PyTree, step: Any, decay: float = 0.9999) ->
     Args:
         average: tree of floats.
         params: tree like it.
-        step: how many updates came before, int or int array.
+        step: how many updates came before, int or int array; None: the decay does not grow, for a first value that is
+            not to be forgotten soon.
         decay: in [0, 1); 0 copies.
     """
-    step = jnp.asarray(step, jnp.float32)
-    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    rate: Any = 1.0 - decay
+    if step is not None:
+        step = jnp.asarray(step, jnp.float32)
+        rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: (a + rate * (p.astype(jnp.float32) - a)).astype(a.dtype), average, params)

@@ -141,13 +141,8 @@ def sample(
     """
     schedule = Schedule(config.num_steps) if schedule is None else schedule
     times = jnp.asarray(schedule.velocity_times, jnp.float32)
-    prepared = prepare(params, config, condition, state, times[:, None], compute)
-
-    def free(x: jax.Array, index: jax.Array) -> jax.Array:
-        modulations = modulations_at(prepared, index)
-        return prepared_velocity(params, config, x, prepared.condition, modulations, compute).astype(jnp.float32)
-
-    velocity_at: _Velocity = free if prefix is None else _guided(free, times, prefix, schedule, noise)
+    free = _velocity_at(params, config, condition, state, times[:, None], compute)
+    velocity_at = free if prefix is None else _guided(free, times, prefix, schedule, noise)
     lengths = jnp.diff(jnp.asarray(schedule.ends, jnp.float32))
     return jax.lax.fori_loop(
         0,
@@ -155,6 +150,61 @@ def sample(
         lambda i, x: _step(schedule.method, velocity_at, x, i, lengths[i]),
         noise.astype(jnp.float32),
     )
+
+
+def path(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    noise: jax.Array,
+    condition: Condition,
+    state: jax.Array,
+    compute: Compute,
+    *,
+    schedule: Schedule,
+) -> jax.Array:
+    """Where `sample` (see there for the arguments) passes: first the noise, then the chunk after every step.
+
+    Returns:
+        float32 (num_steps + 1, B, frames, action_dim), at the times `schedule.ends`.
+    """
+    times = jnp.asarray(schedule.velocity_times, jnp.float32)
+    velocity_at = _velocity_at(params, config, condition, state, times[:, None], compute)
+
+    def body(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x = _step(schedule.method, velocity_at, x, *step)
+        return x, x
+
+    x = noise.astype(jnp.float32)
+    lengths = jnp.diff(jnp.asarray(schedule.ends, jnp.float32))
+    _, passed = jax.lax.scan(body, x, (jnp.arange(schedule.num_steps), lengths))
+    return jnp.concatenate([x[None], passed])
+
+
+def single_step(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    x: jax.Array,
+    index: jax.Array,
+    condition: Condition,
+    state: jax.Array,
+    compute: Compute,
+    *,
+    schedule: Schedule,
+) -> jax.Array:
+    """One step of a schedule, for every chunk another one.
+
+    Args:
+        params, config, condition, state, compute, schedule: as of `sample`.
+        x: float32 (B, frames, action_dim), chunks at the beginnings of their steps.
+        index: int (B,), which step of the schedule, from 0.
+
+    Returns:
+        float32 (B, frames, action_dim), the chunks at the ends of these steps.
+    """
+    times = jnp.asarray(schedule.velocity_times, jnp.float32).reshape(schedule.num_steps, -1)
+    lengths = jnp.diff(jnp.asarray(schedule.ends, jnp.float32))
+    velocity_at = _velocity_at(params, config, condition, state, times[index].T, compute)
+    return _step(schedule.method, velocity_at, x, 0, lengths[index][:, None, None])
 
 
 def loss(
@@ -201,7 +251,7 @@ def loss_at(
 ) -> jax.Array:
     """`loss` at given noise (B, frames, action_dim) and times (B,): mean squared error of the velocity, float32 ()."""
     x = interpolate(actions, noise, t)
-    found = velocity(params, config, x, t, condition, state, compute).astype(jnp.float32)
+    found = velocity(params, config, x, t, condition, state, compute)
     return weighted_mean(jnp.square(found - (actions - noise)), weights)
 
 
@@ -228,18 +278,39 @@ def weighted_mean(errors: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Mean of errors (B, frames, action_dim); of all weights zero, 0."""
     if weights is None:
         return jnp.mean(errors)
-    if weights.ndim == errors.ndim - 1:
-        weights = weights[..., None]
-    weights = jnp.broadcast_to(weights, errors.shape)
+    weights = full_weights(weights, errors.shape)
     total = jnp.sum(weights)
     return jnp.sum(errors * weights) / jnp.where(total > 0, total, 1.0)
 
 
-_Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+def full_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Weights of chunks, of frames (B, frames) or broadcastable to (B, frames, action_dim), in the latter shape."""
+    return jnp.broadcast_to(weights[..., None] if weights.ndim == len(shape) - 1 else weights, shape)
+
+
+_Velocity = Callable[[jax.Array, Any], jax.Array]
 """(x, index of a prepared time) -> velocity."""
 
 
-def _step(method: Method, velocity_at: _Velocity, x: jax.Array, i: jax.Array, length: jax.Array) -> jax.Array:
+def _velocity_at(
+    params: ActionExpertParams,
+    config: ActionExpertConfig,
+    condition: Condition,
+    state: jax.Array,
+    times: jax.Array,
+    compute: Compute,
+) -> _Velocity:
+    """float32 velocities at the given times, (times, B) or (times, 1)."""
+    prepared = prepare(params, config, condition, state, times, compute)
+
+    def velocity_at(x: jax.Array, index: Any) -> jax.Array:
+        modulations = modulations_at(prepared, index)
+        return prepared_velocity(params, config, x, prepared.condition, modulations, compute)
+
+    return velocity_at
+
+
+def _step(method: Method, velocity_at: _Velocity, x: jax.Array, i: Any, length: jax.Array) -> jax.Array:
     """One step of a method; i counts steps."""
     if method == "euler":
         return x + length * velocity_at(x, i)

@@ -24,6 +24,12 @@ def test_random_first_weights_are_forgotten_soon() -> None:
     assert float(average) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_without_a_step_the_decay_is_constant() -> None:
+    found = ema.update(jnp.array(0.0), jnp.array(1.0), None, decay=0.75)
+    assert float(found) == pytest.approx(0.25)
+    assert float(ema.update(jnp.array(0.0), jnp.array(1.0), 0, decay=0.75)) == pytest.approx(0.9)
+
+
 def test_constant_weights_stay_and_dtype_too() -> None:
     params = jnp.array([0.1, -3.0], jnp.float32)
     found = jax.jit(ema.update)(params, params.astype(jnp.float32), 7)

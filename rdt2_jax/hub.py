@@ -30,7 +30,7 @@ def model_folder(name: str | os.PathLike[str], *, needs: Sequence[str] = (), wan
         name: an existing folder, or a hub name, `organisation/name[@revision]`. A folder goes before the hub.
         needs: file name patterns (`config.json`, `*.safetensors`); each must have at least one file.
         wants: patterns of files that are fetched too where the repository has them. Without any pattern all files
-            are, but for pickles.
+            are, but for pickles, which come only where a pattern ends like them.
 
     Returns:
         The folder: the one named, or the one in the hub's cache.
@@ -70,7 +70,7 @@ def _from_hub(repository: str, revision: str | None, needs: Sequence[str], wants
             repository,
             revision=revision,
             allow_patterns=[*needs, *wants] or None,
-            ignore_patterns=[p for p in _PICKLES if not any(fnmatch.fnmatchcase(need, p) for need in needs)],
+            ignore_patterns=[p for p in _PICKLES if not any(fnmatch.fnmatchcase(n, p) for n in (*needs, *wants))],
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(

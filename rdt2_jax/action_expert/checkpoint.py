@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -62,22 +61,21 @@ def load_expert(
         progress: called after every leaf.
 
     Raises:
-        CheckpointError: no such folder, no weights or two sets of them, or weights that do not fit the configuration or
+        CheckpointError: no such folder, no weights, or weights that do not fit the configuration or
             are damaged; lists everything.
         ConfigError: no usable config.json.
         UnsafeFileError: a torch file that would run code.
     """
-    path = model_folder(folder, needs=(CONFIG_FILE,), wants=_WEIGHTS)
+    path = find_expert(folder)
     config = read_config(path) if config is None else config
-    with _tensors(path) as source:
-        params, report = load(
-            action_expert_table(config),
-            param_specs(config),
-            source,
-            shardings=shardings,
-            dtype=KEEP_SOURCE if dtype is None else dtype,
-            progress=progress,
-        )
+    params, report = load(
+        action_expert_table(config),
+        param_specs(config),
+        _tensors(find_weights(path)),
+        shardings=shardings,
+        dtype=KEEP_SOURCE if dtype is None else dtype,
+        progress=progress,
+    )
     return LoadedExpert(config, params, path, report)
 
 
@@ -107,28 +105,49 @@ def save_expert(
             "layers must be stacked to be saved", found="a tree per layer", fix="save before unstacking"
         )
     files = {**files, CONFIG_FILE: published_config(expert.config).encode()}
-    with published_folder(folder, files, overwrite=overwrite) as (temporary, target):
+    with published_folder(folder, files, read_config=read_config, overwrite=overwrite) as (temporary, target):
         table, unused = action_expert_table(expert.config), unused_tensors(expert.config)
         report = export(table, expert.params, temporary / SINGLE_FILE, unused=unused)
     return replace(report, files=tuple(target / file.name for file in report.files))
 
 
-@contextmanager
-def _tensors(folder: Path) -> Iterator[TensorSource | Path]:
-    """The one set of weights of a folder."""
-    found = [name for name in _WEIGHTS if (folder / name).is_file()]
-    if len(found) != 1:
-        raise CheckpointError(
-            "two sets of weights in one folder" if found else "no weights in the folder",
-            where=folder,
-            expected=" or ".join(_WEIGHTS),
-            found=", ".join(sorted(file.name for file in folder.iterdir())[:20]),
-        )
-    file = folder / found[0]
-    if found[0] == SINGLE_FILE:
-        yield file
-        return
+def find_expert(name: str | os.PathLike[str]) -> Path:
+    """The folder of an expert, by path or hub name, with its configuration and its weights.
+
+    Of a repository that has both kinds of weights, only safetensors are fetched.
+
+    Raises:
+        CheckpointError: as `hub.model_folder`; no weights.
+    """
+    folder = model_folder(name, needs=(CONFIG_FILE,), wants=(SINGLE_FILE,))
+    if not any((folder / weights).is_file() for weights in _WEIGHTS):
+        folder = model_folder(name, needs=(CONFIG_FILE,), wants=(TORCH_FILE,))
+    find_weights(folder)
+    return folder
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights of an expert's folder: safetensors, or where there are none the torch file.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        "no weights in the folder",
+        where=folder,
+        expected=" or ".join(_WEIGHTS),
+        found=", ".join(sorted(file.name for file in folder.iterdir())[:20]),
+    )
+
+
+def _tensors(file: Path) -> TensorSource | Path:
+    """What `weights.load` reads."""
+    if file.name == SINGLE_FILE:
+        return file
     tensors = read_torch_archive(file)
     if not isinstance(tensors, Mapping):
         raise CheckpointError("not a set of tensors", where=file, expected="a state dict", found=type(tensors).__name__)
-    yield ArraySource(tensors, where=str(file))
+    return ArraySource(tensors, where=str(file))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rdt2_jax.errors import DataError
+from rdt2_jax.errors import CheckpointError, DataError
 from rdt2_jax.io.files import atomic_write
 from rdt2_jax.io.torch_archive import read_torch_archive
 
@@ -30,18 +30,30 @@ def read_normalizer_file(path: Path) -> Any:
         DataError: another suffix, or a missing or damaged `.npz` or `.json` file.
         UnsafeFileError, CheckpointError: a `.pt` file that is refused, missing or damaged.
     """
-    if path.suffix == ".pt":
-        return read_torch_archive(path, max_bytes=MAX_FILE_BYTES)
-    if path.suffix not in (".npz", ".json"):
+    suffix = path.suffix.lower()
+    if suffix not in (".pt", ".npz", ".json"):
         raise _wrong_suffix(path, ".pt, .npz or .json")
+    if not path.exists():
+        kind = CheckpointError if suffix == ".pt" else DataError
+        raise kind("the normalizer file does not exist", where=path, fix="check the path")
     try:
-        return _read_npz(path) if path.suffix == ".npz" else _read_json(path)
+        if suffix == ".pt":
+            return read_torch_archive(path, max_bytes=MAX_FILE_BYTES)
+        return _read_npz(path) if suffix == ".npz" else _read_json(path)
+    except CheckpointError as error:  # says "checkpoint", of which there are several beside a normalizer
+        raise CheckpointError(
+            f"the normalizer file cannot be read: {error.what}",
+            where=error.where,
+            expected=error.expected,
+            found=error.found,
+            fix=error.fix,
+        ) from error
     except (OSError, ValueError, EOFError, RecursionError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(
             "the normalizer file cannot be read",
             where=path,
             found=f"{type(error).__name__}: {error}",
-            fix="check the path, or fetch or save the file again",
+            fix="fetch or save the file again",
         ) from error
 
 
@@ -52,10 +64,11 @@ def write_normalizer_file(path: Path, tree: Mapping[str, Mapping[str, Any]]) -> 
         DataError: another suffix.
         Rdt2Error: the folder does not exist.
     """
-    if path.suffix not in (".npz", ".json"):
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".json"):
         raise _wrong_suffix(path, ".npz or .json")
     with atomic_write(path) as stream:
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             arrays = {f"{name}/{key}": array for name, entry in tree.items() for key, array in _flat(entry)}
             np.savez(stream, allow_pickle=False, **arrays)
         else:

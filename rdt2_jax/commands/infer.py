@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ _SHARED_OPTIONS = (
         "--resize", is_flag=True, help="Scale images of other sizes; see docs/policies.md before relying on it."
     ),
     click.option("--instruction", required=True, help='What to do, like "Pick up the apple."'),
-    click.option("--state", type=_path, help="Proprioceptive state (20,), .npy; default: none."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all randomness."),
     click.option("--out", type=_path, help="Write the chunk here: .npy (24, 20), or .json with times and units."),
     click.option("--plot", type=_path, help="Draw the chunk here (.png)."),
@@ -55,6 +55,7 @@ _SHARED_OPTIONS = (
 )
 _EXPERT = click.option("--expert", metavar="DIR", help="Action expert: a folder or a name on the hub.")
 _NOISE = click.option("--noise", type=_path, help="Noise to start from, (24, 20), .npy; default: drawn from the seed.")
+_STATE = click.option("--state", type=_path, help="Proprioceptive state, (20,), .npy; default: none.")
 _TOKENIZER = click.option("--tokenizer", type=_path, metavar="DIR", help="Action tokenizer: a folder.")
 
 
@@ -92,12 +93,12 @@ def vq() -> None:
     """
 
 
-@_policy_command("fm", _EXPERT, _NOISE)
+@_policy_command("fm", _EXPERT, _STATE, _NOISE)
 def fm() -> None:
     """The action expert follows the flow from noise to a chunk, in five steps."""
 
 
-@_policy_command("one-step", _EXPERT, _NOISE)
+@_policy_command("one-step", _EXPERT, _STATE, _NOISE)
 def one_step() -> None:
     """The distilled action expert, in one step."""
 
@@ -124,7 +125,7 @@ def _request(kind: str, options: dict[str, Any]) -> Request:
     if free and show_tokens:
         raise click.UsageError("--show-tokens shows constrained decoding: leave --free out")
     quality = None if options.pop("no_jpeg") else options.pop("jpeg_quality") or "published"
-    options = {"noise": None, "jpeg_quality": quality, **{k: v for k, v in options.items() if k != "jpeg_quality"}}
+    options = {"state": None, "noise": None, **options, "jpeg_quality": quality}
     return Request(kind=kind, parts=parts, constrained=not free, show_tokens=show_tokens, **options)
 
 
@@ -147,17 +148,49 @@ def _run(request: Request) -> None:
 
 
 def _check_targets(request: Request) -> None:
-    """Wrong names of output files are found before anything is loaded."""
+    """Wrong names of output files are found before anything is loaded.
+
+    Raises:
+        DataError: another suffix, no place to write to, or a file that this command reads or writes for another option.
+    """
     from rdt2_jax.errors import DataError
     from rdt2_jax.policy.plot import check_plot_path
 
     if request.plot is not None:
         check_plot_path(request.plot)
-    if request.out is not None and request.out.suffix not in (".npy", ".json"):
+    if request.out is not None and request.out.suffix.lower() not in (".npy", ".json"):
         raise DataError("chunks are written as .npy or .json", where=request.out, expected="a name that ends so")
     for path in (request.out, request.plot):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
             raise DataError("the folder to write into does not exist", where=path, fix="create it first")
+        if path.is_dir():
+            raise DataError("a folder has that name", where=path, expected="a file", fix="choose another name")
+        for option, source in _files_read(request):
+            if _are_one_file(path, source):
+                what = f"this would overwrite what {option} reads"
+                raise DataError(what, where=path, found=source, fix="choose another name")
+    if request.out is not None and request.plot is not None and _are_one_file(request.out, request.plot):
+        raise DataError("--out and --plot are one file", where=f"{request.out}, {request.plot}", fix="write to two")
+
+
+def _files_read(request: Request) -> Iterator[tuple[str, Path]]:
+    """Files that a chunk or a picture could take the place of, each with its option."""
+    sources = {"left": request.left, "right": request.right, "state": request.state, "noise": request.noise}
+    for name, source in {**sources, **request.parts}.items():
+        if source is None:
+            continue
+        folder = Path(source)  # or a file, or a name on the hub, which is neither
+        for file in folder.glob("*.json") if folder.is_dir() else [folder]:
+            yield f"--{name}", file
+
+
+def _are_one_file(one: Path, other: Path) -> bool:
+    """Whether two names lead to one file, or will when it is written."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _observation(request: Request) -> Observation:
@@ -194,7 +227,11 @@ def _noise(request: Request) -> np.ndarray | None:
 
 
 def _numbers(path: Path, what: str, most_axes: int) -> np.ndarray:
-    """float32 numbers of a `.npy` file, all finite; the shape is the policy's to check."""
+    """float32 numbers of a `.npy` file, all finite: whatever is wrong is told with the name of the file.
+
+    Raises:
+        DataError: a file that cannot be read, another shape or type, or numbers that are not finite as float32.
+    """
     import numpy as np
 
     from rdt2_jax.actions.layout import ACTION_DIM, CHUNK_LENGTH, STATE_DIM
@@ -204,11 +241,14 @@ def _numbers(path: Path, what: str, most_axes: int) -> np.ndarray:
     array = read_array(path)
     shapes = [(STATE_DIM,)] if most_axes == 1 else [(CHUNK_LENGTH, ACTION_DIM), (1, CHUNK_LENGTH, ACTION_DIM)]
     if array.dtype.kind != "f" or array.shape not in shapes:
-        expected = f"float32 {' or '.join(map(str, shapes))}"
+        expected = f"floats {' or '.join(map(str, shapes))}"
         raise DataError(f"not {what}", where=path, expected=expected, found=f"{array.dtype} {array.shape}")
-    if not np.isfinite(array).all():
-        raise DataError(f"{what} must be finite", where=path, found=f"{int((~np.isfinite(array)).sum())} that are not")
-    return np.array(array, np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        numbers = np.array(array, np.float32)
+    if not np.isfinite(numbers).all():
+        found = f"{(~np.isfinite(numbers)).sum()} values are not"
+        raise DataError(f"{what} must be finite", where=path, expected="finite numbers in float32", found=found)
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------ running it

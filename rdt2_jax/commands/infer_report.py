@@ -157,7 +157,7 @@ def _write_chunk(path: Path, request: Request, chunk: ActionChunk) -> None:
     from rdt2_jax.io.arrays import write_array
     from rdt2_jax.io.files import atomic_write
 
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         write_array(path, chunk.actions)
         return
     document = {"policy": request.kind, "instruction": request.instruction, **_chunk_json(chunk)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -15,11 +16,13 @@ from rdt2_jax.actions.layout import ACTION_DIM, ARM_NAMES, CHUNK_LENGTH
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.actions.types import ActionChunk, Observation
 from rdt2_jax.errors import ConfigError, DataError
+from rdt2_jax.params import PyTree, named_leaves
 from rdt2_jax.policy.backbone import Backbone, embed
 from rdt2_jax.policy.clock import StageClock, timed
 from rdt2_jax.policy.options import PolicyOptions
 from rdt2_jax.policy.prompts import Prompts, blank_observation
 from rdt2_jax.policy.results import InvalidGeneration, InvalidGenerationError, NetworkOutputError
+from rdt2_jax.problems import Problems
 from rdt2_jax.qwen2_5_vl.model import ModelInputs
 
 Result = ActionChunk | InvalidGeneration
@@ -27,6 +30,11 @@ Result = ActionChunk | InvalidGeneration
 T = TypeVar("T")
 
 CHUNK_SHAPE = (CHUNK_LENGTH, ACTION_DIM)
+
+_EXTREME = 1e4
+"""Noise, normalised actions and states in any sensible unit stay far below. Our choice."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class BackbonePolicy(abc.ABC):
@@ -58,7 +66,7 @@ class BackbonePolicy(abc.ABC):
         Raises:
             DataError: no observation, or an instruction that is too long.
             InvalidGenerationError: what was generated is no chunk (VQ without constraints alone).
-            NetworkOutputError: a network gave NaN or infinity.
+            NetworkOutputError: a network gave NaN or infinity, or a rotation that is none.
         """
         (result,) = self.infer_batch([observation])
         if isinstance(result, InvalidGeneration):
@@ -78,14 +86,18 @@ class BackbonePolicy(abc.ABC):
         Args:
             observations: any number; run in batches of `options.batch_sizes`.
             noise: flow policies alone: (B, 24, 20) to start from; None: drawn from the seed and a counter of the
-                observations that were answered since `reset`.
-            prefix: flow policies alone: actions (B, 24, 20) that the chunks are to agree with, in physical units.
+                observations that were answered since `reset` without given noise.
+            prefix: flow policies alone: actions (B, 24, 20) that the chunks are to agree with, in physical units and
+                in the frames of the new chunks: relative to each arm's pose, in the policy frame, when the image of
+                that arm in the NEW observation was taken. The rest of a chunk that is being executed is relative to
+                older poses: express it anew first, see "Prefix" in docs/policies.md.
             clock: times the stages; the policy then waits for the device after each.
 
         Raises:
-            DataError: as `infer`; noise or prefix of another shape, or not finite.
+            DataError: as `infer`; what are no observations; noise or a prefix of another type or shape, or that float32
+                cannot hold, also not after normalising.
             ConfigError: noise or prefix for a policy that takes none.
-            NetworkOutputError: as `infer`.
+            NetworkOutputError: as `infer`, for the first observation of which it is true; none has an answer then.
         """
         results: list[Result] = []
         for part, inputs, extras in self._parts(observations, noise, prefix, clock):
@@ -110,7 +122,7 @@ class BackbonePolicy(abc.ABC):
         self, observations: Sequence[Observation], noise: Any, prefix: Prefix | None, clock: StageClock | None
     ) -> Iterator[tuple[list[Observation], ModelInputs, dict[str, Any]]]:
         """Batches of compiled sizes: observations, what the backbone takes, and what else goes with them."""
-        checked = _checked(observations)
+        checked = checked_observations(observations)
         lengths = timed(clock, "processor", self._prompts.lengths, checked)
         extras = self._extras(checked, noise, prefix)
         for start, count, size in batches(len(checked), self.options.batch_sizes):
@@ -159,14 +171,43 @@ class BackbonePolicy(abc.ABC):
         }
         self._require_finite(observations, stages)
 
-    def _chunks(self, observations: Sequence[Observation], normalized: np.ndarray, stage: str) -> list[ActionChunk]:
-        """Chunks in physical units from normalised ones (rows, 24, 20); rows behind the observations are padding."""
-        self._require_finite(observations, {stage: normalized})
-        actions = np.asarray(self.normalizer.unnormalize(normalized[: len(observations)]), np.float32)
-        return [chunk_of(observation, row) for observation, row in zip(observations, actions, strict=True)]
+    def _chunks(
+        self,
+        observations: Sequence[Observation],
+        normalized: np.ndarray,
+        stage: str,
+        extras: Mapping[str, Any] = _NOTHING,
+    ) -> list[ActionChunk]:
+        """Chunks in physical units from normalised ones (rows, 24, 20); rows behind the observations are padding.
 
-    def _require_finite(self, observations: Sequence[Observation], stages: Mapping[str, Any]) -> None:
+        Raises:
+            NetworkOutputError: what the stage gave is not finite, or not once it is unnormalised, or has rotations
+                that are none; names the first observation. `extras` are searched for numbers that explain it.
+        """
+        self._require_finite(observations, {stage: normalized}, extras)
+        with np.errstate(over="ignore"):  # an action that becomes infinite is refused below
+            actions = np.asarray(self.normalizer.unnormalize(normalized[: len(observations)]), np.float32)
+        chunks = []
+        for observation, row in zip(observations, actions, strict=True):
+            try:
+                chunks.append(chunk_of(observation, row))
+            except DataError as error:
+                raise NetworkOutputError(
+                    "a network gave numbers that are no chunk",
+                    where=f"policy {self.kind}, stage {stage}",
+                    expected=error.expected,
+                    found=f"for observation {observation.id!r}: {error.what}: {error.found}",
+                    fix=f"{_extremes(observations, extras)}the weights are damaged or untrained, or do not belong to "
+                    "this backbone or normalizer: check the files",
+                ) from error
+        return chunks
+
+    def _require_finite(
+        self, observations: Sequence[Observation], stages: Mapping[str, Any], extras: Mapping[str, Any] = _NOTHING
+    ) -> None:
         """Raises for the first stage whose values, a tree of arrays with a row per observation, are not finite.
+
+        `extras`: what else the stage read, see `_extras`.
 
         Raises:
             NetworkOutputError: names policy, stage and the first observation.
@@ -184,8 +225,8 @@ class BackbonePolicy(abc.ABC):
                     where=f"policy {self.kind}, stage {stage}",
                     expected="finite numbers",
                     found=f"not finite in {(~finite).sum()} of {len(finite)} rows, the first for observation {name}",
-                    fix="the weights of this stage are damaged, or too large for the dtype: check the files, or try "
-                    "dtype=float32",
+                    fix=f"{_extremes(observations, extras)}the weights of this stage are damaged, or too large for "
+                    "the dtype: check the files, or try dtype=float32",
                 )
 
 
@@ -193,8 +234,12 @@ def check_normalizer(normalizer: LinearNormalizer) -> None:
     """Verifies that a normalizer is one of action chunks.
 
     Raises:
-        DataError: no field "action", or one of another shape.
+        DataError: something else, no field "action", or one of another shape.
     """
+    if not isinstance(normalizer, LinearNormalizer):
+        raise DataError(
+            "not a normalizer", where="normalizer", expected="LinearNormalizer", found=type(normalizer).__name__
+        )
     shape = normalizer.field("action").scale.shape
     if shape not in ((ACTION_DIM,), CHUNK_SHAPE):
         raise DataError(
@@ -203,6 +248,27 @@ def check_normalizer(normalizer: LinearNormalizer) -> None:
             expected=f"scale and offset of shape {(ACTION_DIM,)} or {CHUNK_SHAPE}",
             found=shape,
         )
+
+
+def check_params(what: str, params: PyTree, specs: PyTree) -> None:
+    """Verifies that parameters have the leaves and shapes that their configuration declares.
+
+    Args:
+        what: whose they are, for the message.
+        params: tree of arrays.
+        specs: tree of leaves with a shape, in the layout of `params`.
+
+    Raises:
+        ConfigError: lists every leaf that differs.
+    """
+    declared, problems = named_leaves(specs), Problems()
+    found = {name: getattr(leaf, "shape", type(leaf).__name__) for name, leaf in named_leaves(params).items()}
+    for name, spec in declared.items():
+        if found.get(name) != spec.shape:
+            problems.add(f"{name}: {found.get(name, 'missing')}, the configuration says {spec.shape}")
+    for name in sorted(found.keys() - declared.keys()):
+        problems.add(f"{name}: {found[name]}, not in the configuration")
+    problems.raise_if_any(ConfigError, f"the parameters of {what} do not fit its configuration")
 
 
 def batches(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -226,12 +292,25 @@ def chunk_of(observation: Observation, actions: np.ndarray) -> ActionChunk:
     )
 
 
-def _checked(observations: Sequence[Observation]) -> list[Observation]:
+def checked_observations(observations: Iterable[Observation]) -> list[Observation]:
+    """Observations as a list, also out of a generator.
+
+    Raises:
+        DataError: one observation alone, something that is no collection, or one in it that is no observation.
+    """
     if isinstance(observations, Observation):
         raise DataError(
             "one observation where a list is needed", where="observations", fix="call infer(), or pass a list"
         )
-    for i, observation in enumerate(observations):
+    if not isinstance(observations, Iterable):
+        raise DataError(
+            "not observations",
+            where="observations",
+            expected="a list of rdt2_jax.Observation",
+            found=type(observations).__name__,
+        )
+    listed = list(observations)
+    for i, observation in enumerate(listed):
         if not isinstance(observation, Observation):
             raise DataError(
                 "not an observation",
@@ -239,4 +318,20 @@ def _checked(observations: Sequence[Observation]) -> list[Observation]:
                 expected="rdt2_jax.Observation",
                 found=type(observation).__name__,
             )
-    return list(observations)
+    return listed
+
+
+def _extremes(observations: Sequence[Observation], extras: Mapping[str, Any]) -> str:
+    """Names numbers with which networks overflow whatever their weights are; empty where there are none."""
+    lines = []
+    for name, tree in extras.items():
+        floats = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype.kind == "f"]
+        if not floats or not observations:
+            continue
+        largest = np.max([np.abs(leaf.reshape(len(leaf), -1)).max(axis=1) for leaf in floats], axis=0)
+        row = int(np.argmax(largest))
+        if largest[row] > _EXTREME:
+            # rows behind the observations repeat the last one
+            owner = observations[min(row, len(observations) - 1)].id
+            lines.append(f"the {name} of observation {owner!r} reaches {largest[row]:.3g}")
+    return f"{', '.join(lines)}: look there first; otherwise " if lines else ""

@@ -13,13 +13,14 @@ import numpy as np
 from rdt2_jax.action_expert import flow
 from rdt2_jax.action_expert.config import ActionExpertConfig
 from rdt2_jax.action_expert.flow import Prefix, Schedule
-from rdt2_jax.action_expert.model import ActionExpertParams, Condition, unstacked
+from rdt2_jax.action_expert.model import ActionExpertParams, Condition, param_specs, unstacked
 from rdt2_jax.actions.layout import ACTION_DIM, STATE_DIM
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.actions.types import ActionChunk, Observation
 from rdt2_jax.errors import ConfigError, DataError
+from rdt2_jax.params import is_spec
 from rdt2_jax.policy.backbone import Backbone, read_keys_values, without_images
-from rdt2_jax.policy.base import CHUNK_SHAPE, BackbonePolicy, Result
+from rdt2_jax.policy.base import CHUNK_SHAPE, BackbonePolicy, Result, check_params
 from rdt2_jax.policy.clock import StageClock, timed
 from rdt2_jax.policy.options import PolicyOptions
 from rdt2_jax.problems import Problems
@@ -78,11 +79,12 @@ class FmPolicy(BackbonePolicy):
             schedule: steps and method; None: those of the expert's configuration, Euler's.
 
         Raises:
-            ConfigError: parts that do not fit each other.
+            ConfigError: parts that do not fit each other, or parameters that do not fit their configuration.
             DataError: the normalizer is not one of action chunks.
         """
         options = PolicyOptions() if options is None else options
         check_expert(expert.config, backbone.config.text)
+        _check_expert_params(expert)
         options.check(self.kind)
         super().__init__(backbone, normalizer, options)
         self.schedule = Schedule(expert.config.num_steps) if schedule is None else schedule
@@ -98,6 +100,20 @@ class FmPolicy(BackbonePolicy):
         """A new episode begins: noise is drawn as from the beginning."""
         self._counter = 0
 
+    def infer_batch(
+        self,
+        observations: Sequence[Observation],
+        *,
+        noise: Any = None,
+        prefix: Prefix | None = None,
+        clock: StageClock | None = None,
+    ) -> list[Result]:
+        """See `BackbonePolicy.infer_batch`. A call that fails uses up no noise."""
+        results = super().infer_batch(observations, noise=noise, prefix=prefix, clock=clock)
+        if noise is None:
+            self._counter += len(results)
+        return results
+
     def _answer(
         self,
         observations: Sequence[Observation],
@@ -108,7 +124,7 @@ class FmPolicy(BackbonePolicy):
         embeddings = self._embed(inputs, clock)
         condition = self._condition(inputs, embeddings, clock)
         sample = timed(clock, "expert", self._sample, condition, extras)
-        return [*timed(clock, "detokenise", self._finish, observations, inputs, embeddings, condition, sample)]
+        return [*timed(clock, "detokenise", self._finish, observations, inputs, extras, embeddings, condition, sample)]
 
     def _condition(self, inputs: ModelInputs, embeddings: jax.Array, clock: StageClock | None) -> Condition:
         text, compute, wanted = self.backbone.config.text, self.backbone.compute, self._config.condition_layers
@@ -135,6 +151,7 @@ class FmPolicy(BackbonePolicy):
         self,
         observations: Sequence[Observation],
         inputs: ModelInputs,
+        extras: Mapping[str, Any],
         embeddings: jax.Array,
         condition: Condition,
         sample: jax.Array,
@@ -142,7 +159,7 @@ class FmPolicy(BackbonePolicy):
         normalized = jax.device_get(sample)
         if not np.isfinite(normalized).all():  # then it is worth asking where it began
             self._require_finite_backbone(observations, inputs, embeddings, condition.keys_values)
-        return self._chunks(observations, normalized, "expert")
+        return self._chunks(observations, normalized, "expert", extras)
 
     def _extras(self, observations: Sequence[Observation], noise: Any, prefix: Prefix | None) -> dict[str, Any]:
         count, zeros = len(observations), np.zeros(STATE_DIM, np.float32)
@@ -151,17 +168,40 @@ class FmPolicy(BackbonePolicy):
         if noise is None:
             # one per observation, so that a batch draws what its observations one after the other would draw
             extras["counters"] = ((self._counter + np.arange(count)) % 2**32).astype(np.uint32)
-            self._counter += count
         else:
             extras["noise"] = _finite(noise, (count, *CHUNK_SHAPE), "noise")
         if prefix is not None:
-            actions = _finite(prefix.actions, (count, *CHUNK_SHAPE), "prefix.actions")
-            weights = _finite(prefix.weights, (count, CHUNK_SHAPE[0]), "prefix.weights")
-            if ((weights < 0) | (weights > 1)).any():
-                raise DataError("weights outside [0, 1]", where="prefix.weights", expected="0 to 1", found=weights)
-            normalized = np.asarray(self.normalizer.normalize(actions), np.float32)
-            extras["prefix"] = dataclasses.replace(prefix, actions=normalized, weights=weights)
+            extras["prefix"] = self._normalized_prefix(prefix, count)
         return extras
+
+    def _normalized_prefix(self, prefix: Prefix, count: int) -> Prefix:
+        """A prefix in physical units, checked, as the network takes it."""
+        if not isinstance(prefix, Prefix):
+            raise DataError(
+                "not a prefix",
+                where="prefix",
+                expected="rdt2_jax.action_expert.flow.Prefix(actions, weights)",
+                found=type(prefix).__name__,
+            )
+        actions = _finite(prefix.actions, (count, *CHUNK_SHAPE), "prefix.actions")
+        weights = _finite(prefix.weights, (count, CHUNK_SHAPE[0]), "prefix.weights")
+        if ((weights < 0) | (weights > 1)).any():
+            raise DataError("weights outside [0, 1]", where="prefix.weights", expected="0 to 1", found=weights)
+        with np.errstate(over="ignore"):
+            normalized = np.asarray(self.normalizer.normalize(actions), np.float32)
+        _require_finite_input(normalized, "prefix.actions")
+        bound: Any = prefix.max_guidance
+        if bound is not None:
+            is_number = isinstance(bound, (int, float, np.integer, np.floating)) and not isinstance(bound, bool)
+            if not is_number or not 0 <= bound < np.inf:
+                raise DataError(
+                    "no bound of the guidance",
+                    where="prefix.max_guidance",
+                    expected="a finite number, 0 or more, or None",
+                    found=repr(bound),
+                )
+            bound = float(bound)  # it is part of what programs are compiled for
+        return Prefix(normalized, weights, bound)
 
     def _compile_for(self, inputs: ModelInputs, size: int) -> None:
         zeros, state = np.zeros((size, *CHUNK_SHAPE), np.float32), np.zeros((size, STATE_DIM), np.float32)
@@ -188,6 +228,16 @@ def check_expert(config: ActionExpertConfig, text: TextConfig) -> None:
     config.check_backbone(text)
 
 
+def _check_expert_params(expert: Expert) -> None:
+    """`check_params`, in either layout of the layers."""
+    specs = param_specs(expert.config)
+    if isinstance(expert.params.layers, tuple):
+        stack: Any = specs.layers
+        layer = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype), stack, is_leaf=is_spec)
+        specs = dataclasses.replace(specs, layers=(layer,) * expert.config.num_layers)
+    check_params("the action expert", expert.params, specs)
+
+
 def _finite(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     array = np.asarray(values)
     if array.shape != shape or array.dtype.kind != "f":
@@ -197,6 +247,19 @@ def _finite(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
             expected=f"floats {shape}: one row per observation",
             found=f"{array.dtype} {array.shape}",
         )
-    if not np.isfinite(array).all():
-        raise DataError(f"{where} must be finite", where=where, found=f"{(~np.isfinite(array)).sum()} values are not")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    _require_finite_input(array, where)
+    return array
+
+
+def _require_finite_input(array: np.ndarray, where: str) -> None:
+    """Of float32, as the network reads it: what was finite in another type or unit need not be finite here."""
+    bad = ~np.isfinite(array)
+    if bad.any():
+        raise DataError(
+            f"{where} must be finite",
+            where=where,
+            expected="finite in float32, also where it is normalised",
+            found=f"{bad.sum()} values are not, the first at {[int(i) for i in np.argwhere(bad)[0]]}",
+        )

@@ -7,15 +7,15 @@ import difflib
 import os
 from typing import Any
 
-from rdt2_jax.action_expert.checkpoint import TORCH_FILE as EXPERT_TORCH_FILE
-from rdt2_jax.action_expert.checkpoint import load_expert
-from rdt2_jax.action_expert.config import CONFIG_FILE as EXPERT_CONFIG_FILE
+import jax.numpy as jnp
+
+from rdt2_jax.action_expert.checkpoint import find_expert, load_expert
 from rdt2_jax.action_expert.config import read_config as read_expert_config
 from rdt2_jax.action_expert.flow import Schedule
 from rdt2_jax.action_expert.model import unstacked as unstacked_expert
 from rdt2_jax.action_tokenizer.checkpoint import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from rdt2_jax.action_tokenizer.checkpoint import NORMALIZER_FILE, load_tokenizer
 from rdt2_jax.action_tokenizer.checkpoint import WEIGHTS_FILE as TOKENIZER_WEIGHTS_FILE
-from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer
 from rdt2_jax.action_tokenizer.config import read_published_config
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.checkpoints import stored_metadata
@@ -28,7 +28,7 @@ from rdt2_jax.policy.base import check_normalizer
 from rdt2_jax.policy.fm import FmPolicy, check_expert
 from rdt2_jax.policy.one_step import OneStepPolicy
 from rdt2_jax.policy.options import PolicyOptions
-from rdt2_jax.policy.vq import VqPolicy, check_tokenizer
+from rdt2_jax.policy.vq import VqPolicy, check_same_normalizer, check_tokenizer
 from rdt2_jax.problems import Problems
 from rdt2_jax.qwen2_5_vl import model
 from rdt2_jax.qwen2_5_vl.checkpoint import load_params
@@ -43,7 +43,6 @@ from rdt2_jax.qwen2_5_vl.folder import (
 )
 from rdt2_jax.qwen2_5_vl.inputs import Preprocessor
 from rdt2_jax.qwen2_5_vl.int8 import load_quantized
-from rdt2_jax.weights.safetensors_files import SINGLE_FILE
 
 KINDS = ("vq", "fm", "one-step")
 
@@ -69,7 +68,8 @@ def load_policy(
         kind: "vq", "fm" or "one-step".
         vlm: the backbone: a folder or a hub name, see `qwen2_5_vl.checkpoint.load_params`. Flow policies read its first
             layers alone, without final norm and head.
-        normalizer: file (.pt as published, .npz or .json) that expert or tokenizer were trained with.
+        normalizer: file (.pt as published, .npz or .json) that expert or tokenizer were trained with. A tokenizer's
+            folder may have a copy, which has to be the same.
         expert: "fm" and "one-step": folder or hub name of the action expert.
         tokenizer: "vq": folder of the action tokenizer.
         quantize: the backbone's decoder in eight bits.
@@ -79,12 +79,14 @@ def load_policy(
         options: fields of `PolicyOptions`.
 
     Raises:
-        ConfigError: an unknown kind or option, a part that this kind lacks or does not take, parts that do not fit each
-            other, or no usable configuration.
+        ConfigError: an unknown kind or option, an argument of the wrong type, a part that this kind lacks or does not
+            take, parts that do not fit each other, or no usable configuration.
         CheckpointError: files that are missing, damaged or contradictory.
         DataError: no usable normalizer.
     """
     _check_kind(kind, expert, tokenizer, schedule)
+    _check_types(vlm, normalizer, expert, tokenizer, compute, schedule)
+    dtype = None if dtype is None else _floating(dtype)
     choices = parse_config(PolicyOptions, options, where=f"options of load_policy({kind!r})")
     choices.check(kind)
     if compute is None:
@@ -95,12 +97,15 @@ def load_policy(
     check_normalizer(normalizer)
     preprocessor = Preprocessor.from_folder(find_preprocessor(vlm))
     if kind == "vq":
-        codec = model_folder(_given(tokenizer), needs=(TOKENIZER_CONFIG_FILE, TOKENIZER_WEIGHTS_FILE))
+        needs = TOKENIZER_CONFIG_FILE, TOKENIZER_WEIGHTS_FILE
+        codec = model_folder(_given(tokenizer), needs=needs, wants=(NORMALIZER_FILE,))
         config = read_published_config(codec / TOKENIZER_CONFIG_FILE)
         check_tokenizer(config, preprocessor.tokenizer, preprocessor.config.text)
+        if (codec / NORMALIZER_FILE).is_file():
+            check_same_normalizer(LinearNormalizer.load(codec / NORMALIZER_FILE), normalizer)
         backbone = weights.backbone(preprocessor, None)
         return VqPolicy(backbone, load_tokenizer(codec), normalizer, options=choices)
-    folder = model_folder(_given(expert), needs=(EXPERT_CONFIG_FILE,), wants=(SINGLE_FILE, EXPERT_TORCH_FILE))
+    folder = find_expert(_given(expert))
     config = read_expert_config(folder)
     check_expert(config, preprocessor.config.text)
     backbone = weights.backbone(preprocessor, config.num_backbone_layers)
@@ -157,6 +162,33 @@ def _check_kind(kind: str, expert: Folder | None, tokenizer: Folder | None, sche
     if schedule is not None and kind != "fm":
         problems.add("schedule= is for 'fm' alone")
     problems.raise_if_any(ConfigError, f"the parts are not those of a policy of kind {kind!r}", where="load_policy")
+
+
+def _check_types(vlm: Any, normalizer: Any, expert: Any, tokenizer: Any, compute: Any, schedule: Any) -> None:
+    folder: tuple[str, tuple[type, ...]] = ("a folder or hub name", (str, os.PathLike))
+    problems = Problems()
+    for name, value, (needed, types) in (
+        ("vlm", vlm, folder),
+        ("normalizer", normalizer, ("a file or a LinearNormalizer", (*folder[1], LinearNormalizer))),
+        ("expert", "" if expert is None else expert, folder),
+        ("tokenizer", "" if tokenizer is None else tokenizer, folder),
+        ("compute", compute, ("a Compute", (Compute, type(None)))),
+        ("schedule", schedule, ("a Schedule", (Schedule, type(None)))),
+    ):
+        if not isinstance(value, types):
+            problems.add(f"{name}=: {needed} is needed, found {type(value).__name__}")
+    problems.raise_if_any(ConfigError, "arguments of the wrong type", where="load_policy")
+
+
+def _floating(dtype: Any) -> Any:
+    """A floating dtype, also by its name."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ConfigError("not a floating dtype", where="dtype", expected="bfloat16 or float32", found=repr(dtype))
+    return found
 
 
 def _given(folder: Folder | None) -> Folder:

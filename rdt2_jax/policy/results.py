@@ -110,4 +110,4 @@ class InvalidGenerationError(Rdt2Error):
 
 
 class NetworkOutputError(Rdt2Error):
-    """A network gave NaN or infinity: there is no answer."""
+    """A network gave NaN or infinity, or numbers that are no chunk, such as a rotation that is none."""

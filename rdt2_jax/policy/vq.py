@@ -12,14 +12,14 @@ import numpy as np
 
 from rdt2_jax.action_tokenizer.checkpoint import LoadedTokenizer
 from rdt2_jax.action_tokenizer.config import ActionTokenizerConfig
-from rdt2_jax.action_tokenizer.tokenizer import decode
+from rdt2_jax.action_tokenizer.tokenizer import check_tokens, decode, param_specs
 from rdt2_jax.action_tokenizer.vocabulary import ids_to_tokens, parse_generation, tokens_to_ids
-from rdt2_jax.actions.layout import CHUNK_LENGTH
+from rdt2_jax.actions.layout import ACTION_DIM, CHUNK_LENGTH
 from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.actions.types import ActionChunk, Observation
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.policy.backbone import Backbone, read_prompt, without_images
-from rdt2_jax.policy.base import BackbonePolicy, Result, batches
+from rdt2_jax.policy.base import BackbonePolicy, Result, batches, check_normalizer, check_params, checked_observations
 from rdt2_jax.policy.clock import StageClock, timed
 from rdt2_jax.policy.constrained import Decoded, decode_actions
 from rdt2_jax.policy.options import PolicyOptions
@@ -54,7 +54,8 @@ class VqPolicy(BackbonePolicy):
     """RDT2-VQ. It reads no proprioceptive state: `Observation.state` changes nothing.
 
     Attributes:
-        tokenizer: the action tokenizer; its own normalizer, where it has one, is not used.
+        backbone: with constrained decoding, without its head: the rows that are needed were taken out of it.
+        tokenizer: the action tokenizer; its own normalizer, where it has one, is the same as the policy's.
     """
 
     kind: ClassVar[str] = "vq"
@@ -77,24 +78,30 @@ class VqPolicy(BackbonePolicy):
             options: None: the defaults.
 
         Raises:
-            ConfigError: parts that do not fit each other, or a backbone without head.
+            ConfigError: parts that do not fit each other, parameters of the tokenizer that do not fit its
+                configuration, or a backbone without head.
             DataError: the normalizer is not one of action chunks.
         """
         options = PolicyOptions() if options is None else options
         words = backbone.preprocessor.tokenizer
         check_tokenizer(tokenizer.config, words, backbone.config.text)
+        check_params("the action tokenizer", tokenizer.params, param_specs(tokenizer.config))
+        check_normalizer(normalizer)
+        if tokenizer.normalizer is not None:
+            check_same_normalizer(tokenizer.normalizer, normalizer)
         options.check(self.kind)
         if backbone.params.text.norm is None:
             raise ConfigError("this backbone has no head", where="text.norm", fix="load it with all its layers")
-        super().__init__(backbone, normalizer, options)
-        self.tokenizer = tokenizer
+        # constrained decoding needs some rows of the head, which is too large to be kept for nothing (1 GB of 7B)
+        decoder = backbone.decoder() if options.constrained else backbone.params.text
+        kept = dataclasses.replace(backbone, params=dataclasses.replace(backbone.params, text=decoder))
+        super().__init__(kept, normalizer, options)
+        self.tokenizer, self._decoder = tokenizer, decoder
         self._codec = jax.device_put(tokenizer.params, self._device)
         self._stop_ids = (words.control.quad_end, words.control.im_end)
         ids = tokens_to_ids(np.arange(tokenizer.config.num_codes), words.num_pieces).astype(np.int32)
         self._action_ids = jax.device_put(ids, self._device)
         self._rows = output_rows(backbone.params.text, jnp.asarray([*ids, *self._stop_ids], jnp.int32))
-        # constrained decoding has its rows of the head already
-        self._decoder = backbone.decoder() if options.constrained else backbone.params.text
         self._compile()
 
     def reset(self) -> None:
@@ -132,14 +139,26 @@ class VqPolicy(BackbonePolicy):
         """Chunks of the tokens that `tokens` gave for these observations.
 
         Raises:
-            DataError: tokens of other observations.
+            DataError: tokens of other observations or of another action tokenizer, or that are none.
+            NetworkOutputError: the action tokenizer gave NaN or infinity, or a rotation that is none.
         """
+        observations, config = checked_observations(observations), self.tokenizer.config
         names = tuple(observation.id for observation in observations)
         if names != tokens.observation_ids:
             raise DataError("tokens of other observations", expected=names, found=tokens.observation_ids)
+        if tokens.config != config:
+            raise DataError("tokens of another action tokenizer", expected=config, found=tokens.config)
+        checked = check_tokens(tokens.tokens, config)
+        if len(checked) != len(names):
+            raise DataError(
+                "not as many tokens as observations",
+                where="tokens",
+                expected=f"{len(names)}, one row per observation",
+                found=len(checked),
+            )
         results: list[ActionChunk] = []
         for start, count, size in batches(len(names), self.options.batch_sizes):
-            codes = tokens.tokens[start + np.minimum(np.arange(size), count - 1)]
+            codes = checked[start + np.minimum(np.arange(size), count - 1)]
             normalized = self._normalized(jax.device_put(codes, self._device))
             results += self._chunks(observations[start : start + count], jax.device_get(normalized), "detokenise")
         return results
@@ -279,3 +298,37 @@ def check_tokenizer(config: ActionTokenizerConfig, words: Tokenizer, text: TextC
     if max(int(ids.max()), words.control.quad_end, words.control.im_end) >= text.vocab_size:
         problems.add(f"the head has {text.vocab_size} rows, fewer than the action and stop tokens need")
     problems.raise_if_any(ConfigError, "the action tokenizer does not fit the language model")
+
+
+def check_same_normalizer(own: LinearNormalizer, given: LinearNormalizer) -> None:
+    """Verifies that the normalizer that came with an action tokenizer maps actions as the given one does.
+
+    Files of several formats may have rounded it: a ten-thousandth is no difference.
+
+    Args:
+        own: that came with the action tokenizer.
+        given: of the policy; one of action chunks.
+
+    Raises:
+        ConfigError: it maps actions in another way, or no actions.
+    """
+    field, other, problems = own.fields.get("action"), given.field("action"), Problems()
+    if field is None or field.scale.shape not in ((ACTION_DIM,), (CHUNK_LENGTH, ACTION_DIM)):
+        problems.add(f"the tokenizer's own is not one of action chunks: {own}")
+    else:
+        for name, tolerance in (("scale", 0.0), ("offset", 1e-4)):
+            expected, found = np.broadcast_arrays(getattr(field, name), getattr(other, name))
+            wrong = ~np.isclose(found, expected, rtol=1e-4, atol=tolerance)
+            channels = np.flatnonzero(wrong.reshape(-1, ACTION_DIM).any(axis=0))
+            if len(channels):
+                at = tuple(np.argwhere(wrong)[0])
+                problems.add(
+                    f"{name} differs in {len(channels)} of {ACTION_DIM} channels, first in channel {at[-1]}: "
+                    f"{expected[at]:g} beside the tokenizer, {found[at]:g} given"
+                )
+    problems.raise_if_any(
+        ConfigError,
+        "the action tokenizer was trained with another normalizer",
+        where="normalizer",
+        fix="give the normalizer that came with the tokenizer",
+    )

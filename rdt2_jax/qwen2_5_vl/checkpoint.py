@@ -276,7 +276,10 @@ def write_published(
         CheckpointError: `folder` exists, see `weights.folders.require_replaceable`.
         Rdt2Error: `folder` cannot be created.
     """
-    with published_folder(folder, files, known=PUBLISHED_FILES, overwrite=overwrite) as (temporary, target):
+    with published_folder(folder, files, read_config=read_config, known=PUBLISHED_FILES, overwrite=overwrite) as (
+        temporary,
+        target,
+    ):
         report = export_streamed(
             table,
             leaves,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import chex
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,14 +99,37 @@ def test_another_shape_than_the_configuration_says(folder: Path) -> None:
         load_expert(folder, config)
 
 
-def test_no_weights_or_two_sets(folder: Path) -> None:
-    shutil.copy(GOLDEN / "pytorch_model.bin", folder)
-    with pytest.raises(CheckpointError, match="two sets of weights"):
-        load_expert(folder)
+def test_safetensors_go_before_the_torch_file(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_text("never read")
+    assert load_expert(folder).config == preset("tiny")
     (folder / "pytorch_model.bin").unlink()
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights in the folder"):
         load_expert(folder)
+
+
+@pytest.mark.parametrize(
+    "has", [("model.safetensors",), ("pytorch_model.bin",), ("model.safetensors", "pytorch_model.bin")]
+)
+def test_an_expert_on_the_hub(
+    has: tuple[str, ...], golden_expert: LoadedExpert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published repository has a torch file, which is fetched only where there is nothing better."""
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        assert repository == "organisation/expert"
+        cache = tmp_path / "cache"
+        cache.mkdir(exist_ok=True)
+        for name in ("config.json", *has):
+            wanted = any(fnmatch.fnmatch(name, pattern) for pattern in options["allow_patterns"])
+            if wanted and not any(fnmatch.fnmatch(name, pattern) for pattern in options["ignore_patterns"]):
+                shutil.copy(GOLDEN / name, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    found = load_expert("organisation/expert")
+    chex.assert_trees_all_equal(found.params, golden_expert.params)
+    assert {file.name for file in (tmp_path / "cache").iterdir()} == {"config.json", has[0]}
 
 
 def test_a_torch_file_that_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -131,6 +157,10 @@ def test_saving_never_deletes_what_is_not_its_own(golden_expert: LoadedExpert, t
         save_expert(golden_expert, target, overwrite=True)
     (target / "notes.txt").unlink()
     save_expert(golden_expert, target, overwrite=True)
+    (target / "config.json").write_text('{"model_type": "something_else"}')
+    with pytest.raises(CheckpointError, match="model of the same kind"):
+        save_expert(golden_expert, target, overwrite=True)
+    assert (target / "model.safetensors").is_file()
     with pytest.raises(CheckpointError, match="must be stacked"):
         save_expert(dataclasses.replace(golden_expert, params=unstacked(golden_expert.params)), tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -314,13 +314,34 @@ def test_wrong_file_types_are_named(tmp_path: Path) -> None:
         normalizer.save(tmp_path / "n.pt")
     with pytest.raises(DataError, match=r"known suffix(.|\n)*\.pt, \.npz or \.json(.|\n)*none"):
         LinearNormalizer.load(tmp_path / "normalizer")
-    for name in ("n.json", "n.npz"):
-        with pytest.raises(DataError, match="No such file"):
-            LinearNormalizer.load(tmp_path / name)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        LinearNormalizer.load(tmp_path / "n.pt")
     with pytest.raises(Rdt2Error, match="does not exist"):
         normalizer.save(tmp_path / "missing" / "n.json")
+
+
+@pytest.mark.parametrize("name", ["n.pt", "n.npz", "n.json"])
+def test_a_missing_file_is_called_a_normalizer(name: str, tmp_path: Path) -> None:
+    error = CheckpointError if name.endswith(".pt") else DataError
+    with pytest.raises(error, match=rf"the normalizer file does not exist\n(.|\n)*{name}"):
+        LinearNormalizer.load(tmp_path / name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(error, match="the normalizer file cannot be read"):
+        LinearNormalizer.load(tmp_path / name)
+
+
+def test_a_damaged_torch_file_is_called_a_normalizer(tmp_path: Path) -> None:
+    (tmp_path / "n.pt").write_bytes((GOLDEN / "normalizer_per_dim.pt").read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=r"the normalizer file cannot be read(.|\n)*n\.pt"):
+        LinearNormalizer.load(tmp_path / "n.pt")
+
+
+@pytest.mark.parametrize("suffix", [".PT", ".NPZ", ".Json"])
+def test_suffixes_in_capitals_mean_the_same(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"n{suffix}"
+    if suffix == ".PT":
+        path.write_bytes((GOLDEN / "normalizer_per_dim.pt").read_bytes())
+    else:
+        published("per_dim").save(path)
+    assert_same(LinearNormalizer.load(path), published("per_dim"))
 
 
 def test_a_torch_file_that_is_no_normalizer_is_refused(tmp_path: Path) -> None:

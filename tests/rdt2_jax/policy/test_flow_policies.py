@@ -14,7 +14,7 @@ import small_policy
 from small_policy import INSTRUCTIONS, observation, observations, options
 
 from rdt2_jax.action_expert.flow import Prefix, Schedule
-from rdt2_jax.action_expert.model import Condition, velocity
+from rdt2_jax.action_expert.model import Condition, unstacked, velocity
 from rdt2_jax.actions.types import ActionChunk, Observation, Policy
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.layers.compute import Compute
@@ -111,6 +111,14 @@ def test_a_batch_is_its_observations_one_by_one(policy: FmPolicy) -> None:
         assert one.observation_id == other.observation_id
     assert len({chunk.actions.tobytes() for chunk in together}) == 5
     assert policy.infer_batch([]) == []
+    once = policy.infer_batch((one for one in seen), noise=noise)
+    np.testing.assert_array_equal([chunk.actions for chunk in once], [chunk.actions for chunk in together])
+
+
+@pytest.mark.parametrize("nothing", [None, 3])
+def test_what_are_no_observations(policy: FmPolicy, nothing: Any) -> None:
+    with pytest.raises(DataError, match="not observations"):
+        policy.infer_batch(nothing)
 
 
 def test_a_batch_draws_the_noise_of_its_observations_one_by_one(policy: FmPolicy) -> None:
@@ -126,6 +134,24 @@ def test_a_batch_draws_the_noise_of_its_observations_one_by_one(policy: FmPolicy
     noise = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), (24, 20)))
     (given,) = policy.infer_batch([seen[1]], noise=noise[None])
     np.testing.assert_allclose(given.actions, singles[1], rtol=1e-4, atol=1e-5)
+
+
+def test_only_answers_from_drawn_noise_count(policy: FmPolicy) -> None:
+    """A call that fails, or that was given noise, leaves to the next ones the noise that they would have had."""
+    seen, weights = observation(0), np.ones((1, 24), np.float32)
+    policy.reset()
+    first, second = (policy.infer(seen).actions for _ in range(2))
+    policy.reset()
+    policy.infer_batch([seen], noise=draw(8))
+    for bad in (Prefix(draw(0, 2), weights), Prefix(draw(0), 2 * weights)):
+        with pytest.raises(DataError):
+            policy.infer_batch([seen], prefix=bad)
+    with pytest.raises(NetworkOutputError):
+        policy.infer_batch([seen, changed(state=np.full(20, 3e38, np.float32))])
+    np.testing.assert_array_equal(policy.infer(seen).actions, first)
+    with pytest.raises(DataError):
+        policy.infer(observation(1, "Pick up the red apple. " * 10))
+    np.testing.assert_array_equal(policy.infer(seen).actions, second)
 
 
 def test_the_prompt_length_does_not_matter(policy: FmPolicy) -> None:
@@ -209,7 +235,12 @@ def test_nothing_compiles_after_the_start(compilations: Any) -> None:
     assert compilations.count == started
     policy.infer_batch([observation()], prefix=Prefix(draw(1), np.zeros((1, 24), np.float32)))
     assert compilations.count > started, "the counter counts: a prefix was not compiled for"
-    FmPolicy(*parts, options=ready.model_copy(update={"prompt_lengths": (60,), "with_prefix": True}))
+
+
+def test_nothing_compiles_for_a_prefix_after_the_start(compilations: Any) -> None:
+    """At a prompt length that nothing else here uses: what another policy compiled would do for this one."""
+    parts = small_policy.backbone(), small_policy.expert(), small_policy.normalizer()
+    policy = FmPolicy(*parts, options=options(compile_at_start=True, prompt_lengths=(61,), with_prefix=True))
     prepared = compilations.count
     policy.infer_batch([observation()], prefix=Prefix(draw(2), np.ones((1, 24), np.float32)))
     assert compilations.count == prepared
@@ -234,6 +265,70 @@ def test_damaged_weights_give_no_chunk(part: str, leaf: str, stage: str) -> None
         policy.infer(observation(4))
     with pytest.raises(NetworkOutputError, match=f"stage {stage}"):
         FmPolicy(backbone, expert, small_policy.normalizer(), options=options(compile_at_start=True))
+
+
+def through() -> FmPolicy:
+    """An expert without any velocity: its chunks are the noise."""
+    expert = small_policy.expert()
+    head = dataclasses.replace(expert.params.head, down=jax.tree.map(jnp.zeros_like, expert.params.head.down))
+    still = small_policy.with_params(expert, dataclasses.replace(expert.params, head=head))
+    return FmPolicy(small_policy.backbone(), still, small_policy.normalizer(), options=options())
+
+
+def test_a_rotation_that_is_none_is_the_fault_of_the_network() -> None:
+    """Not of the observation; and the message says which one had no answer."""
+    noise = draw(9, 3)
+    noise[1, 5, 13:19] = 0
+    policy = through()
+    with pytest.raises(NetworkOutputError, match=r"policy fm, stage expert\n(.|\n)*rotation of the left arm") as caught:
+        policy.infer_batch(observations(3), noise=noise)
+    assert "'observation 1'" in str(caught.value)
+    assert "'observation 0'" not in str(caught.value)
+    noise[1] = noise[0]
+    assert len(policy.infer_batch(observations(3), noise=noise)) == 3
+
+
+def test_numbers_that_are_too_large_are_named(policy: FmPolicy) -> None:
+    """Where they still are numbers; the weights need not be the reason then."""
+    huge = np.full((1, 24, 20), 3e38, np.float32)
+    for found, message in (
+        (lambda: policy.infer(changed(state=np.full(20, -3e38, np.float32))), r"state of observation .* 3e\+38"),
+        (lambda: policy.infer_batch([observation()], noise=huge), r"noise of observation .* 3e\+38"),
+        # finite in the network's units, and not in metres
+        (lambda: through().infer_batch([observation()], noise=huge), r"noise of observation .* 3e\+38"),
+    ):
+        with pytest.raises(NetworkOutputError, match=f"stage expert\n(.|\n)*fix: the {message}"):
+            found()
+    with pytest.raises(DataError, match="noise must be finite"):
+        policy.infer_batch([observation()], noise=np.full((1, 24, 20), 1e300))
+    prefix = Prefix(huge, np.ones((1, 24), np.float32))
+    with pytest.raises(DataError, match=r"prefix\.actions must be finite"):
+        policy.infer_batch([observation()], prefix=prefix)
+
+
+def test_parameters_of_another_shape_than_their_configuration() -> None:
+    """Both layouts; one error with every difference."""
+    backbone, expert, normalizer = small_policy.backbone(), small_policy.expert(), small_policy.normalizer()
+    two = jax.tree.map(lambda leaf: leaf[:2], expert.params.layers)
+    fewer = dataclasses.replace(expert.params, layers=two)
+    for params, message in (
+        (fewer, r"layers\.mlp\.down\.weight: \(2, .*the configuration says \(4, "),
+        (unstacked(fewer), r"layers\.3\.mlp\.down\.weight: missing, the configuration says"),
+    ):
+        with pytest.raises(ConfigError, match=rf"action expert do not fit its configuration(.|\n)*{message}"):
+            FmPolicy(backbone, small_policy.with_params(expert, params), normalizer, options=options())
+    more = dataclasses.replace(expert.params, layers=(*unstacked(expert.params).layers, unstacked(fewer).layers[0]))
+    with pytest.raises(ConfigError, match=r"layers\.4\.mlp\.down\.weight: .*not in the configuration"):
+        FmPolicy(backbone, small_policy.with_params(expert, more), normalizer, options=options())
+    config = expert.config.model_copy(update={"num_registers": expert.config.num_registers + 1})
+    other = dataclasses.replace(expert, config=config)
+    with pytest.raises(ConfigError, match=r"\(2 problems\)(.|\n)*registers: (.|\n)*positions: "):
+        FmPolicy(backbone, other, normalizer, options=options())
+    without = dataclasses.replace(expert.params, state_position=None)
+    with pytest.raises(ConfigError, match="state_position"):
+        FmPolicy(backbone, small_policy.with_params(expert, without), normalizer, options=options())
+    exact = small_policy.with_params(expert, unstacked(expert.params))
+    FmPolicy(backbone, exact, normalizer, options=options())
 
 
 def changed(**fields: Any) -> Observation:
@@ -311,5 +406,14 @@ def test_bad_noise_and_prefixes(policy: FmPolicy) -> None:
     ):
         with pytest.raises(DataError, match=message):
             policy.infer_batch(one, prefix=prefix)
+    for bare in (draw(0), (draw(0), weights), {"actions": draw(0), "weights": weights}):
+        with pytest.raises(DataError, match="not a prefix"):
+            policy.infer_batch(one, prefix=bare)  # pyright: ignore[reportArgumentType]
+    for bound in (np.nan, np.inf, -1.0, "5", True):
+        with pytest.raises(DataError, match="max_guidance"):
+            policy.infer_batch(one, prefix=Prefix(draw(0), weights, bound))  # pyright: ignore[reportArgumentType]
+    (free,) = policy.infer_batch(one, noise=draw(0))
+    (unguided,) = policy.infer_batch(one, noise=draw(0), prefix=Prefix(draw(0), weights, np.float32(0)))
+    np.testing.assert_allclose(unguided.actions, free.actions, rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match="call infer"):
         policy.infer_batch(observation())  # pyright: ignore[reportArgumentType]

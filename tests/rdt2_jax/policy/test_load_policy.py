@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -77,9 +78,17 @@ def test_flow_policies_from_folders(parts: dict[str, Any], kind: str, cls: type[
     np.testing.assert_array_equal(policy.infer(observation()).actions, expected.actions)
 
 
+def _count_arrays(shape: tuple[int, ...]) -> int:
+    gc.collect()
+    return sum(array.shape == shape for array in jax.live_arrays())
+
+
 def test_vq_from_folders(vq_parts: dict[str, Any]) -> None:
+    tables = _count_arrays((320, 64))
     policy = load_policy("vq", **vq_parts, **CHOICES)
     assert type(policy) is VqPolicy
+    assert policy.backbone.params.text.head is None
+    assert _count_arrays((320, 64)) == tables + 1, "the embedding, and no head behind anyone's back"
     memory = small_policy.byte_backbone(), small_policy.codec(256), small_policy.normalizer()
     expected = VqPolicy(*memory, options=options(**CHOICES))
     np.testing.assert_array_equal(policy.tokens([observation()]).tokens, expected.tokens([observation()]).tokens)
@@ -196,6 +205,56 @@ def test_weights_that_do_not_fit_their_own_configuration(parts: dict[str, Any], 
     (expert / "config.json").write_text(json.dumps(published))
     with pytest.raises(CheckpointError, match="ffn"):
         load_policy("fm", **{**parts, "expert": expert}, **CHOICES)
+
+
+def test_an_expert_without_weights_is_found_before_the_backbone_is_read(
+    parts: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    vlm, expert = without_weights(folders["vlm"], tmp_path / "vlm"), tmp_path / "expert"
+    shutil.copytree(folders["expert"], expert, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(CheckpointError, match="no weights in the folder"):
+        load_policy("fm", **{**parts, "vlm": vlm, "expert": expert}, **CHOICES)
+
+
+def test_a_tokenizer_folder_with_a_normalizer_of_its_own(
+    vq_parts: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It has to be the one that is given; said before any weights are read."""
+    codec = tmp_path / "codec"
+    shutil.copytree(folders["tokenizer"], codec)
+    small_policy.normalizer().save(codec / "normalizer.npz")
+    load_policy("vq", **{**vq_parts, "tokenizer": codec}, **CHOICES)
+    field = small_policy.normalizer().fields["action"]
+    other = FieldNormalizer(field.scale, field.offset + np.float32(0.5), field.input_stats)
+    LinearNormalizer({"action": other}).save(codec / "normalizer.npz")
+    vlm = without_weights(folders["vlm"], tmp_path / "vlm")
+    with pytest.raises(ConfigError, match=r"another normalizer(.|\n)*offset differs in 20 of 20 channels"):
+        load_policy("vq", **{**vq_parts, "tokenizer": codec, "vlm": vlm}, **CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"dtype": "foo"}, ConfigError, "not a floating dtype(.|\n)*where: dtype(.|\n)*'foo'"),
+        ({"dtype": jnp.int8}, ConfigError, "not a floating dtype"),
+        ({"compute": "float32"}, ConfigError, "compute=: a Compute is needed, found str"),
+        ({"schedule": 5}, ConfigError, "schedule=: a Schedule is needed, found int"),
+        ({"vlm": None}, ConfigError, "vlm=: a folder or hub name is needed, found NoneType"),
+        ({"expert": 3}, ConfigError, "expert=: a folder or hub name is needed, found int"),
+        ({"normalizer": None}, ConfigError, "normalizer=: (.|\n)*found NoneType"),
+        ({"normalizer": {}}, ConfigError, "normalizer=: (.|\n)*found dict"),
+    ],
+)
+def test_arguments_of_another_type(
+    parts: dict[str, Any], given: dict[str, Any], error: type[Rdt2Error], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_policy("fm", **{**parts, **given}, **CHOICES)
+
+
+def test_a_dtype_by_its_name(parts: dict[str, Any]) -> None:
+    policy = load_policy("fm", **parts, dtype="bfloat16", **CHOICES)
+    assert policy.backbone.compute.dtype == policy.backbone.params.text.layers[0].mlp_norm.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from small_policy import observation, observations, options
 
 from rdt2_jax.action_expert.flow import Prefix
 from rdt2_jax.action_tokenizer import tokenizer as action_tokenizer
+from rdt2_jax.actions.normalizer import LinearNormalizer
 from rdt2_jax.actions.types import ActionChunk, Policy
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.layers.compute import Compute
@@ -149,6 +150,70 @@ def test_a_chunk_is_what_the_tokenizer_makes_of_the_tokens(policy: VqPolicy) -> 
     assert isinstance(policy, Policy)
     with pytest.raises(DataError, match="tokens of other observations"):
         policy.chunks(seen[1:], tokens)
+
+
+def test_tokens_that_cannot_be_decoded(policy: VqPolicy) -> None:
+    """What someone changed on the way is checked: compiled, an index out of range would be some other code."""
+    seen = observations(2)
+    tokens = policy.tokens(seen)
+    for strange in (99999, 1024, -1):
+        codes = tokens.tokens.copy()
+        codes[1, 4] = strange
+        with pytest.raises(DataError, match=rf"1 tokens out of range(.|\n)*\[1, 4\](.|\n)*found: {strange}\b"):
+            policy.chunks(seen, dataclasses.replace(tokens, tokens=codes))
+    for codes in (tokens.tokens[:, :26], tokens.tokens.astype(np.float32)):
+        with pytest.raises(DataError, match="not a token array"):
+            policy.chunks(seen, dataclasses.replace(tokens, tokens=codes))
+    with pytest.raises(DataError, match=r"one row per observation(.|\n)*found: 1\b"):
+        policy.chunks(seen, dataclasses.replace(tokens, tokens=tokens.tokens[:1]))
+    config = tokens.config.model_copy(update={"num_codes": 2048})
+    with pytest.raises(DataError, match=r"tokens of another action tokenizer(.|\n)*num_codes"):
+        policy.chunks(seen, dataclasses.replace(tokens, config=config))
+
+
+def test_observations_may_come_from_a_generator(policy: VqPolicy) -> None:
+    seen = observations(3)
+    tokens = policy.tokens(one for one in seen)  # pyright: ignore[reportArgumentType]
+    assert tokens.observation_ids == ("observation 0", "observation 1", "observation 2")
+    chunks = policy.chunks((one for one in seen), tokens)  # pyright: ignore[reportArgumentType]
+    assert [chunk.observation_id for chunk in chunks] == list(tokens.observation_ids)
+
+
+def test_the_head_is_not_kept_where_a_few_rows_will_do(policy: VqPolicy) -> None:
+    params = small_policy.backbone().params.text
+    assert params.head is not None
+    assert policy.backbone.params.text.head is None
+    assert policy.backbone.params.text.norm is params.norm
+    assert make(constrained=False).backbone.params.text.head is params.head
+
+
+def test_tied_embeddings_are_head_enough() -> None:
+    """The same tokens as of a model whose head is a copy of its embedding."""
+    backbone, seen = small_policy.backbone(), [observation()]
+    params, config = backbone.params, backbone.config
+    copied = dataclasses.replace(params, text=dataclasses.replace(params.text, head=params.text.embedding))
+    tied = dataclasses.replace(
+        backbone,
+        config=config.model_copy(update={"text": config.text.model_copy(update={"tie_embeddings": True})}),
+        params=dataclasses.replace(params, text=dataclasses.replace(params.text, head=None)),
+    )
+    found, expected = make(tied).tokens(seen), make(small_policy.with_params(backbone, copied)).tokens(seen)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert not np.array_equal(found.tokens, make().tokens(seen).tokens)
+
+
+def test_the_normalizer_has_to_be_that_of_the_action_tokenizer() -> None:
+    backbone, codec, normalizer = small_policy.backbone(), small_policy.codec(), small_policy.normalizer()
+    field = normalizer.fields["action"]
+    for changes in ({"scale": field.scale * np.float32(1.1)}, {"offset": field.offset + np.float32(0.1)}):
+        own = LinearNormalizer({"action": dataclasses.replace(field, **changes)})
+        with pytest.raises(ConfigError, match=f"another normalizer(.|\n)*{next(iter(changes))} differs"):
+            VqPolicy(backbone, dataclasses.replace(codec, normalizer=own), normalizer, options=options())
+    pose = LinearNormalizer({"pose": field})
+    with pytest.raises(ConfigError, match="another normalizer"):
+        VqPolicy(backbone, dataclasses.replace(codec, normalizer=pose), normalizer, options=options())
+    rounded = LinearNormalizer({"action": dataclasses.replace(field, scale=field.scale * np.float32(1 + 1e-6))})
+    VqPolicy(backbone, dataclasses.replace(codec, normalizer=rounded), normalizer, options=options())
 
 
 def test_tokens_by_group_and_level() -> None:
@@ -318,6 +383,11 @@ def test_parts_and_arguments_that_do_not_fit(policy: VqPolicy) -> None:
     config = codec.config.model_copy(update={"chunk_length": 32})
     with pytest.raises(ConfigError, match="the tokenizer has 32, a chunk 24 frames"):
         VqPolicy(backbone, dataclasses.replace(codec, config=config), normalizer, options=options())
+    wider = small_policy.with_params(codec, small_policy.codec(512).params)
+    with pytest.raises(ConfigError, match=r"do not fit its configuration(.|\n)*codebooks\.pos"):
+        VqPolicy(backbone, wider, normalizer, options=options())
+    with pytest.raises(DataError, match=r"not a normalizer(.|\n)*found: NoneType"):
+        VqPolicy(backbone, codec, None, options=options())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="VQ takes no prefix"):
         make(with_prefix=True)
     with pytest.raises(ConfigError, match="takes no noise and no prefix"):

@@ -30,8 +30,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
-# How many threads XLA's CPU client has for all devices together; it takes the number of processors else. A program over
-# eight devices keeps a thread for every collective that it has begun, several to a device: where none is left, all wait.
+# How many threads XLA's CPU client has for all devices together; else it takes the number of processors. A program
+# over eight devices keeps a thread for every collective that it has begun, several to a device: where none is left,
+# all wait for ever.
 os.environ.setdefault("NPROC", "32")
 
 # Tests share processes, and torch's threads wait for each other by spinning: one is faster than two that are disturbed.

@@ -151,8 +151,15 @@ def read_config(path: str | Path) -> ActionExpertConfig:
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError("not a JSON file", where=file, found=str(error)) from error
-    if not isinstance(published, dict):
-        raise CheckpointError("not a configuration", where=file, expected="a JSON object", found=type(published))
+    if not isinstance(published, dict) or "rdt" not in published:
+        found = ", ".join(list(published)[:8]) if isinstance(published, dict) else type(published).__name__
+        raise CheckpointError(
+            "not the configuration of an action expert",
+            where=file,
+            expected="a JSON object with a section rdt",
+            found=found,
+            fix="name the folder of RDT2-FM or of a distilled expert",
+        )
     return parse_config(_PublishedConfig, published, where=str(file)).to_config()
 
 

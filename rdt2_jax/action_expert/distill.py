@@ -89,10 +89,15 @@ def init(teacher: ActionExpertParams, distill: DistillConfig, *, dtype: Any = jn
 
 
 def after_step(state: DistillState, distill: DistillConfig) -> DistillState:
-    """To be called once the optimizer has changed the student: the target follows."""
-    if distill.objective != "consistency":
+    """To be called once the optimizer has changed the student: the target follows.
+
+    Raises:
+        ConfigError: the state was made for the other objective.
+    """
+    target = _checked(state.target, distill)
+    if target is None:
         return state
-    return DistillState(state.student, ema.update(_required(state.target), state.student, None, distill.target_decay))
+    return DistillState(state.student, ema.update(target, state.student, None, distill.target_decay))
 
 
 def loss(
@@ -133,12 +138,13 @@ def loss(
     noise_key, index_key = jax.random.split(key)
     shape = (state.shape[0], config.chunk_length, config.action_dim)
     noise = jax.random.normal(noise_key, shape, jnp.float32)
-    if distill.objective == "regression":
+    target = None if distill.objective == "regression" else _checked(target, distill)
+    if target is None:
         return regression_loss_at(student, teacher, config, distill, noise, condition, state, compute, weights=weights)
     index = jax.random.randint(index_key, shape[:1], 0, distill.num_steps)
     return consistency_loss_at(
         student,
-        _required(target),
+        target,
         teacher,
         config,
         distill,
@@ -271,11 +277,14 @@ def _distance(
     return flow.weighted_mean(jnp.sqrt(of_chunk + scale**2) - scale, total), report
 
 
-def _required(target: ActionExpertParams | None) -> ActionExpertParams:
-    if target is None:
+def _checked(target: ActionExpertParams | None, distill: DistillConfig) -> ActionExpertParams | None:
+    """The target of a state that was made for this objective."""
+    if (target is None) == (distill.objective == "consistency"):
         raise ConfigError(
-            "consistency distillation has a target network, which is missing",
+            "this state belongs to the other objective",
             where="DistillState.target",
+            expected="a target network" if target is None else "none: regression has no target network",
+            found="none" if target is None else "a target network",
             fix="start from distill.init with the same objective",
         )
     return target

@@ -22,7 +22,7 @@ def update(average: PyTree, params: PyTree, step: Any, decay: float = 0.9999) ->
         params: tree like it.
         step: how many updates came before, int or int array; None: the decay does not grow, for a first value that is
             not to be forgotten soon.
-        decay: in [0, 1); 0 copies.
+        decay: in [0, 1); 0 copies, up to rounding.
     """
     rate: Any = 1.0 - decay
     if step is not None:

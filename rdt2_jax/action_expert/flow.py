@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -98,8 +99,10 @@ class Prefix:
     chunking does it (Black et al., arXiv 2506.07339, equations 2 to 4).
 
     Attributes:
-        actions: (B, frames, action_dim), normalised, aligned with the frames of the new chunk; frames of weight 0 may
-            hold anything finite.
+        actions: (B, frames, action_dim), normalised, aligned with the frames of the new chunk in time, and relative to
+            the same poses: those of the arms when the new observation was captured. The rest of a chunk that was
+            relative to earlier poses is another motion; express it anew first. Frames of weight 0 may hold anything
+            finite.
         weights: (B, frames) in [0, 1]: 1 for frames that will have been executed before this chunk arrives, falling to
             0 for frames that are free.
         max_guidance: bound of the correction's factor, which is unbounded at both ends of the flow; None: the number
@@ -226,7 +229,7 @@ def loss(
         actions: (B, frames, action_dim), normalised.
         key: PRNG key.
         time_distribution: of t: sigmoid of a standard normal (published), or uniform.
-        weights: of the squared errors, broadcastable to `actions`; None: 1. The mean is over the weights' sum.
+        weights: of the squared errors, see `full_weights`; None: 1. The mean is over the weights' sum.
 
     Returns:
         float32 ().
@@ -284,8 +287,15 @@ def weighted_mean(errors: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def full_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Weights of chunks, of frames (B, frames) or broadcastable to (B, frames, action_dim), in the latter shape."""
-    return jnp.broadcast_to(weights[..., None] if weights.ndim == len(shape) - 1 else weights, shape)
+    """Weights of frames (B, frames), or of numbers, broadcastable to (B, frames, action_dim), in the latter shape.
+
+    Raises:
+        DataError: another shape.
+    """
+    full = weights[..., None] if weights.shape == shape[:-1] else weights
+    if full.ndim != len(shape) or any(n not in (1, size) for n, size in zip(full.shape, shape, strict=True)):
+        raise DataError("weights do not fit", where="weights", expected=f"{shape[:-1]} or {shape}", found=weights.shape)
+    return jnp.broadcast_to(full, shape)
 
 
 _Velocity = Callable[[jax.Array, Any], jax.Array]
@@ -332,7 +342,9 @@ def _guided(
             expected=f"actions {noise.shape}, weights {noise.shape[:2]}",
             found=f"actions {actions.shape}, weights {weights.shape}",
         )
-    bound = float(schedule.num_steps if prefix.max_guidance is None else prefix.max_guidance)
+    bound = schedule.num_steps if prefix.max_guidance is None else prefix.max_guidance
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound < math.inf:
+        raise DataError("no bound of guidance", where="prefix.max_guidance", expected="0 or more, finite", found=bound)
 
     def guided(x: jax.Array, index: jax.Array) -> jax.Array:
         t = times[index]

@@ -109,7 +109,11 @@ def velocity(
     Raises:
         DataError: shapes that do not fit the configuration or each other.
     """
-    times = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])[None]
+    batch, t = condition.valid.shape[0], jnp.asarray(t)
+    _require_chunks(config, batch, x)
+    if t.shape not in ((), (batch,)):
+        raise DataError("times have the wrong shape", where="t", expected=f"() or {(batch,)}", found=t.shape)
+    times = jnp.broadcast_to(t, (batch,))[None]
     prepared = prepare(params, config, condition, state, times, compute)
     return prepared_velocity(params, config, x, prepared.condition, modulations_at(prepared, 0), compute)
 
@@ -171,13 +175,7 @@ def prepared_velocity(
         modulations: see `modulations_at`.
     """
     per_layer, head = modulations
-    if x.shape != (condition.valid.shape[0], config.chunk_length, config.action_dim):
-        raise DataError(
-            "chunks have the wrong shape",
-            where="x",
-            expected=(condition.valid.shape[0], config.chunk_length, config.action_dim),
-            found=x.shape,
-        )
+    _require_chunks(config, condition.valid.shape[0], x)
     tokens = _mlp(params.action_adaptor, x.astype(compute.dtype))
     registers = jnp.broadcast_to(params.registers.astype(compute.dtype), (x.shape[0], *params.registers.shape))
     hidden = jnp.concatenate([tokens, registers], axis=1).astype(jnp.float32) + params.positions.astype(jnp.float32)
@@ -288,6 +286,12 @@ def _one_per_layer(params: ActionExpertParams, keys_values: Any, compute: Comput
     if isinstance(keys_values, tuple):
         keys_values = jax.tree.map(lambda *layers: jnp.stack(layers), *keys_values)
     return keys_values if given == count else jax.tree.map(lambda x: x[jnp.arange(count) % given], keys_values)
+
+
+def _require_chunks(config: ActionExpertConfig, batch: int, x: jax.Array) -> None:
+    expected = (batch, config.chunk_length, config.action_dim)
+    if x.shape != expected:
+        raise DataError("chunks have the wrong shape", where="x", expected=expected, found=x.shape)
 
 
 def _require_condition(config: ActionExpertConfig, condition: Condition, state: jax.Array) -> None:

@@ -285,6 +285,8 @@ def test_consistency_needs_a_target(setting: Setting) -> None:
         )
     with pytest.raises(ConfigError, match="target network"):
         distill.after_step(DistillState(setting.student, None), CONSISTENCY)
+    with pytest.raises(ConfigError, match="regression has no target network"):
+        distill.after_step(DistillState(setting.student, setting.target), REGRESSION)
 
 
 @pytest.mark.parametrize(

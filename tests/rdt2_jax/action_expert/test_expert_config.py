@@ -94,6 +94,14 @@ def test_files_that_are_not_this_expert(change: dict, message: str, tmp_path: Pa
     assert str(tmp_path) in str(error.value)
 
 
+def test_the_configuration_of_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "vision_config": {}}')
+    with pytest.raises(
+        CheckpointError, match=r"not the configuration of an action expert[\s\S]*model_type, vision_config"
+    ):
+        read_config(tmp_path)
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no configuration of an action expert"):
         read_config(tmp_path)
@@ -101,5 +109,5 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a JSON file"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a configuration"):
+    with pytest.raises(CheckpointError, match="not the configuration of an action expert"):
         read_config(tmp_path)

@@ -135,15 +135,20 @@ def test_bfloat16_gradients(
     golden_expert: LoadedExpert, golden_io: Any, condition: Any, state: Any, tmp_path: Path
 ) -> None:
     run = HalfPrecision(golden_expert, golden_io, condition, state)
-    gradients = jax.jit(jax.grad(lambda p: golden_loss(p, run.config, golden_io, run.condition, state, run.compute)))(
-        run.params
-    )
+    loss, gradients = jax.jit(
+        jax.value_and_grad(lambda p: golden_loss(p, run.config, golden_io, run.condition, state, run.compute))
+    )(run.params)
+    assert abs(float(loss) - float(golden_io["f64/loss"])) <= 1.5 * INFO["bf16_vs_f64"]["loss"]["maxabs"]
     gradients = jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
     export(action_expert_table(run.config), gradients, tmp_path / "gradients.safetensors")
     ours = load_file(tmp_path / "gradients.safetensors")
-    for name in INFO["grad_bf16_vs_f64_rel_norm"]:
+    ratios = {}
+    for name, of_the_original in INFO["grad_bf16_vs_f64_rel_norm"].items():
         theirs = golden_io[f"grad/{name}"]
-        assert np.linalg.norm(ours[name] - theirs) / np.linalg.norm(theirs) <= 5e-2, name
+        ratios[name] = np.linalg.norm(ours[name] - theirs) / np.linalg.norm(theirs) / of_the_original
+    assert len(ratios) == 19
+    assert max(ratios.values()) <= 2.0, ratios
+    assert np.mean(list(ratios.values())) <= 1.0, ratios  # over all of them no worse than the original
 
 
 def test_time_features(golden_io: Any, golden_expert: LoadedExpert) -> None:

@@ -9,7 +9,7 @@ EXTRAS := train,sim,dev
 # CPU build of this version into .venv first.
 TORCH := torch==2.13.0
 
-# Processes that share the tests out; each needs about 3 GB.
+# Processes that share the tests out; each needs about 7 GB.
 WORKERS := 2
 
 .DEFAULT_GOAL := help

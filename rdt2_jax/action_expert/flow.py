@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rdt2_jax.action_expert.config import ActionExpertConfig
@@ -330,6 +331,18 @@ def _step(method: Method, velocity_at: _Velocity, x: jax.Array, i: Any, length: 
     return x + length / 2 * (first + velocity_at(x + length * first, 2 * i + 1))
 
 
+def checked_guidance(bound: Any) -> float:
+    """`Prefix.max_guidance` as a float of Python, part of what programs are compiled for.
+
+    Raises:
+        DataError: not a finite number from 0 upwards.
+    """
+    is_number = isinstance(bound, int | float | np.integer | np.floating) and not isinstance(bound, bool)
+    if not is_number or not 0 <= bound < math.inf:
+        raise DataError("no bound of guidance", where="prefix.max_guidance", expected="0 or more, finite", found=bound)
+    return float(bound)
+
+
 def _guided(
     velocity_at: _Velocity, times: jax.Array, prefix: Prefix, schedule: Schedule, noise: jax.Array
 ) -> _Velocity:
@@ -342,9 +355,7 @@ def _guided(
             expected=f"actions {noise.shape}, weights {noise.shape[:2]}",
             found=f"actions {actions.shape}, weights {weights.shape}",
         )
-    bound = schedule.num_steps if prefix.max_guidance is None else prefix.max_guidance
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound < math.inf:
-        raise DataError("no bound of guidance", where="prefix.max_guidance", expected="0 or more, finite", found=bound)
+    bound = schedule.num_steps if prefix.max_guidance is None else checked_guidance(prefix.max_guidance)
 
     def guided(x: jax.Array, index: jax.Array) -> jax.Array:
         t = times[index]

@@ -190,17 +190,7 @@ class FmPolicy(BackbonePolicy):
         with np.errstate(over="ignore"):
             normalized = np.asarray(self.normalizer.normalize(actions), np.float32)
         _require_finite_input(normalized, "prefix.actions")
-        bound: Any = prefix.max_guidance
-        if bound is not None:
-            is_number = isinstance(bound, (int, float, np.integer, np.floating)) and not isinstance(bound, bool)
-            if not is_number or not 0 <= bound < np.inf:
-                raise DataError(
-                    "no bound of the guidance",
-                    where="prefix.max_guidance",
-                    expected="a finite number, 0 or more, or None",
-                    found=repr(bound),
-                )
-            bound = float(bound)  # it is part of what programs are compiled for
+        bound = None if prefix.max_guidance is None else flow.checked_guidance(prefix.max_guidance)
         return Prefix(normalized, weights, bound)
 
     def _compile_for(self, inputs: ModelInputs, size: int) -> None:

@@ -96,6 +96,22 @@ def chat_example(
     return _example(tokenizer, prompt, target, [True] * len(target))
 
 
+def add_turn(tokenizer: Tokenizer, example: Example, question: str, answer: str) -> Example:
+    """A conversation that goes on: the example with one more question and answer, supervised like the first.
+
+    Raises:
+        DataError: a blank question or answer.
+    """
+    _require_text(question, "question")
+    _require_text(answer, "answer")
+    control = tokenizer.control
+    user: list[str | int] = ["\n", control.im_start, f"user\n{question}", control.im_end, "\n"]
+    prompt = _encode_parts(tokenizer, [*user, control.im_start, "assistant\n"])
+    target = [*tokenizer.encode(answer), control.im_end]
+    turn = _example(tokenizer, prompt, target, [True] * len(target))
+    return Example(example.ids + turn.ids, example.supervised + turn.supervised)
+
+
 def action_prompt(tokenizer: Tokenizer, instruction: str, num_image_tokens: int) -> list[int]:
     """Ids that ask for a chunk: the composite image, the instruction, and the beginning of the answer.
 

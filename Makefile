@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := $(VENV)/.peer
-EXTRAS := train,sim,dev
+EXTRAS := train,sim,convert,ray,view,dev
 # A peer in parity tests and benchmarks; the project never imports it. Where pip would fetch a build for GPUs, install the
 # CPU build of this version into .venv first.
 TORCH := torch==2.13.0
@@ -58,10 +58,11 @@ contracts: $(READY)
 wheel-test: $(READY)  ## Build the wheel and use it, and the editable install, from another folder
 	sh tools/wheel_test.sh $(abspath $(BIN)/python)
 
-bench: $(PEER)  ## Speed against torch and transformers with the same layers, weights and threads
+bench: $(PEER)  ## Speed against torch, transformers and webdataset with the same work and threads
 	$(BIN)/python benchmarks/action_tokenizer.py
 	$(BIN)/python benchmarks/qwen2_5_vl.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/data.py
 
 soak: $(PEER)  ## Long tests, among them training the tokenizer from scratch to its stated quality
 	$(BIN)/python -m pytest -q -m slow

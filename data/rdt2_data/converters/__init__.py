@@ -1,0 +1,1 @@
+"""Recordings of other projects, and of our own executor, turned into shards: `rdt2 data convert`."""

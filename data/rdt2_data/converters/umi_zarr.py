@@ -1,0 +1,327 @@
+"""UMI replay buffers: `.zarr.zip` files, or unzipped folders, of the zarr v2 layout.
+
+Source of the layout: the replay buffers of the UMI project (Chi et al. 2024, arXiv 2402.10329) and what the public RDT2
+code (thu-ml/RDT2) adds to them: videos, `timestamp`, `gripper_width_mask`. robot0 and camera0 are the right hand.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+
+from rdt2_data.converters.options import Latencies
+from rdt2_data.converters.recording import CameraTrack, EpisodeRef, Frames, PoseTrack, Recording, WidthTrack
+from rdt2_data.converters.source_files import files_below, files_fingerprint
+from rdt2_data.problems import SampleError
+from rdt2_jax.actions.layout import ArmName
+from rdt2_jax.actions.poses import pose6_to_matrix
+from rdt2_jax.config import FrozenConfig
+from rdt2_jax.errors import DataError, missing_extra
+
+_ARM_NUMBER: dict[ArmName, int] = {"right": 0, "left": 1}
+_CAMERA_NUMBER = {"right_wrist": 0, "left_wrist": 1}
+_DECODING = (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What zarr and its codecs raise for a chunk that is damaged."""
+
+VIDEOS_FILE = "videos.json"
+
+
+class UmiZarrOptions(FrozenConfig):
+    """What a replay buffer does not say itself.
+
+    Attributes:
+        fps: rate of the rows [Hz], where there is no `data/timestamp`.
+        instruction: sentence of all episodes.
+        instructions: JSON file with an entry for each episode: a sentence, `[[start in s, sentence], ...]`, or null.
+        videos: JSON file that lists the videos, as in the published datasets; None takes `videos.json` beside the
+            source if it is there.
+    """
+
+    fps: Annotated[float, pydantic.Field(gt=0)] = 30.0
+    instruction: Annotated[str, pydantic.Field(pattern=r"\S")] | None = None
+    instructions: Path | None = None
+    videos: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ZarrFrames:
+    """Images in an array (T, rows, columns, 3) of a replay buffer; implements `Frames`.
+
+    Attributes:
+        buffer: the open replay buffer.
+        name: of the array.
+        first: row of the episode's first image.
+    """
+
+    buffer: ReplayBuffer
+    name: str
+    first: int
+
+    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """See `Frames.read`."""
+        array = self.buffer.array(self.name)
+        for index in indices:
+            row = self.first + index
+            try:
+                image = np.asarray(array[row])
+            except _DECODING as error:
+                where, found = f"{self.buffer.path}, {self.name}, row {row}", f"{type(error).__name__}: {error}"
+                raise SampleError("corrupt-jpeg", where=where, found=found) from error
+            yield image
+
+
+class ReplayBuffer:
+    """The arrays of a replay buffer, opened when they are needed and once in each process.
+
+    Args:
+        path: `.zarr.zip` file, or folder.
+
+    Raises:
+        DataError: when it is opened, for what is missing or no zarr.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._group: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_group": None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open()
+
+    def array(self, name: str) -> Any:
+        """An array, which is read where it is indexed."""
+        if name not in self:
+            raise DataError("the replay buffer lacks an array", where=self.path, expected=name)
+        return self._open()[name]
+
+    def rows(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Rows of an array as float64 (stop - start, *shape).
+
+        Raises:
+            SampleError: another shape, or a chunk that cannot be decoded.
+        """
+        where = f"{self.path}, {name}"
+        array = self.array(name)
+        if array.shape[1:] != shape:
+            raise SampleError("wrong-shape", where=where, expected=f"(rows, {shape})", found=array.shape)
+        try:
+            return np.asarray(array[start:stop]).astype(np.float64)
+        except _DECODING as error:
+            found = f"{type(error).__name__}: {error}"
+            raise SampleError("bad-recording", where=f"{where}, rows {start} to {stop}", found=found) from error
+
+    def _open(self) -> Any:
+        if self._group is None:
+            self._group = _open_group(self.path)
+        return self._group
+
+
+class UmiZarrReader:
+    """Episodes of a replay buffer; implements `RecordingReader`.
+
+    Args:
+        source: `.zarr.zip` file, or folder.
+        options: see `UmiZarrOptions`; one of `instruction` and `instructions` is needed.
+        latencies: taken off the time of each row.
+
+    Raises:
+        DataError: files that are missing or of another format, or no instruction.
+    """
+
+    def __init__(self, source: str | Path, options: UmiZarrOptions, latencies: Latencies | None = None) -> None:
+        self.source, self.options = Path(source), options
+        if not self.source.exists():
+            raise DataError("there is no such replay buffer", where=self.source, expected="a .zarr.zip file or folder")
+        if (options.instruction is None) == (options.instructions is None):
+            raise DataError(
+                "a replay buffer holds no instructions",
+                where=self.source,
+                expected="one sentence for all episodes, or a file with one for each",
+                fix="give either --instruction TEXT or --instructions FILE",
+            )
+        self.latencies = latencies or Latencies()
+        beside = self.source.parent / VIDEOS_FILE
+        self.videos = options.videos or (beside if beside.is_file() else None)
+        self.buffer = ReplayBuffer(self.source)
+        self._ends: np.ndarray | None = None
+        self._lists: dict[Path, list[Any]] = {}
+
+    def episodes(self) -> list[EpisodeRef]:
+        """See `RecordingReader.episodes`."""
+        ends = self._episode_ends()
+        path = self.options.instructions
+        if path is not None and len(self._list(path)) != len(ends):
+            expected, found = f"{len(ends)} entries, one for each episode", len(self._list(path))
+            raise DataError("the instructions do not fit", where=path, expected=expected, found=found)
+        return [EpisodeRef(f"episode_{index:06d}", index) for index in range(len(ends))]
+
+    def load(self, episode: EpisodeRef) -> Recording:
+        """See `RecordingReader.load`."""
+        ends = self._episode_ends()
+        start, stop = int(ends[episode.index - 1]) if episode.index else 0, int(ends[episode.index])
+        time_s = self._time_s(start, stop)
+        poses, widths = {}, {}
+        valid = self._valid(start, stop)
+        for arm, number in _ARM_NUMBER.items():
+            position = self.buffer.rows(f"data/robot{number}_eef_pos", start, stop, (3,))
+            rotvec = self.buffer.rows(f"data/robot{number}_eef_rot_axis_angle", start, stop, (3,))
+            width = self.buffer.rows(f"data/robot{number}_gripper_width", start, stop, (1,))[:, 0]
+            pose = pose6_to_matrix(np.concatenate([position, rotvec], axis=1))
+            poses[arm] = PoseTrack(time_s - self.latencies.pose_s, pose)
+            widths[arm] = WidthTrack(time_s - self.latencies.gripper_s, width, valid[:, number])
+        cameras = {
+            camera: CameraTrack(time_s - self.latencies.camera_s, self._frames(number, episode, start, stop))
+            for camera, number in _CAMERA_NUMBER.items()
+        }
+        return Recording(episode.name, poses, widths, cameras, self._instructions(episode, float(time_s[0])))
+
+    def fingerprint(self) -> str:
+        """See `RecordingReader.fingerprint`."""
+        files = [self.source] if self.source.is_file() else files_below(self.source)
+        # Where the lists lie does not matter, what is in them does.
+        settings = self.options.model_copy(update={"instructions": None, "videos": None})
+        lists = [path for path in (self.options.instructions, self.videos) if path is not None]
+        parts = [files_fingerprint(path, [path]) for path in lists if path.is_file()]
+        return "-".join([files_fingerprint(self.source, files, settings, self.latencies), *parts])
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _episode_ends(self) -> np.ndarray:
+        if self._ends is None:
+            ends = np.asarray(self.buffer.array("meta/episode_ends")[:])
+            rows = self.buffer.array("data/robot0_eef_pos").shape[0]
+            increasing = ends.ndim == 1 and len(ends) > 0 and (np.diff(ends, prepend=0) > 0).all()
+            if not increasing or ends[-1] > rows:
+                where, expected = f"{self.source}, meta/episode_ends", f"numbers that increase, up to {rows} rows"
+                raise DataError(
+                    "the ends of the episodes do not fit the data", where=where, expected=expected, found=ends
+                )
+            self._ends = ends
+        return self._ends
+
+    def _time_s(self, start: int, stop: int) -> np.ndarray:
+        if "data/timestamp" in self.buffer:
+            return self.buffer.rows("data/timestamp", start, stop, ())
+        return np.arange(stop - start) / self.options.fps
+
+    def _valid(self, start: int, stop: int) -> np.ndarray:
+        """bool (rows, 2), by number of the robot."""
+        name = "data/gripper_width_mask"
+        if name not in self.buffer:
+            return np.ones((stop - start, 2), bool)
+        columns = self.buffer.array(name).shape[1:]
+        mask = self.buffer.rows(name, start, stop, (2,) if columns == (2,) else ()) > 0
+        return mask if mask.ndim == 2 else np.stack([mask, mask], axis=1)
+
+    def _frames(self, number: int, episode: EpisodeRef, start: int, stop: int) -> Frames:
+        name = f"data/camera{number}_rgb"
+        if name in self.buffer:
+            return ZarrFrames(self.buffer, name, start)
+        if self.videos is None:
+            expected = f"{name}, or videos and {VIDEOS_FILE} that lists them"
+            raise DataError(
+                "the replay buffer has no images", where=self.source, expected=expected, fix="--videos FILE"
+            )
+        return self._video(self.videos, f"camera{number}_rgb", episode, start, stop)
+
+    def _video(self, videos: Path, camera: str, episode: EpisodeRef, start: int, stop: int) -> Frames:
+        from rdt2_data.converters.video import VideoFrames
+
+        listed = self._list(videos)
+        number = episode.index
+        if "meta/episode_video_id" in self.buffer:
+            number = int(self.buffer.array("meta/episode_video_id")[episode.index])
+        entry = listed[number] if 0 <= number < len(listed) else None
+        if not isinstance(entry, dict) or not isinstance(entry.get(camera), str):
+            where = f"{videos}, entry {number}, of {episode.name}"
+            raise SampleError("bad-recording", where=where, expected=f"a path under {camera!r}", found=entry)
+        path = videos.parent / entry[camera]
+        first_s, frame_s = _video_times(path)
+        frame = np.arange(stop - start, dtype=np.float64)
+        if "data/rgb" in self.buffer:
+            frame = self.buffer.rows("data/rgb", start, stop, ())
+        return VideoFrames(path, first_s + frame * frame_s, frame_s / 2)
+
+    def _instructions(self, episode: EpisodeRef, start_s: float) -> list[tuple[float, str]]:
+        """The file's times count from the episode's first row."""
+        path = self.options.instructions
+        if path is None:
+            return [(start_s, self.options.instruction or "")]  # never blank: one of the two was demanded
+        entry = self._list(path)[episode.index]
+        where = f"{path}, entry {episode.index}"
+        pairs = [[0.0, entry]] if isinstance(entry, str) else entry
+        fits = isinstance(pairs, list) and pairs and all(_is_told(pair) for pair in pairs)
+        if not fits:
+            expected = "a sentence, or [[start in s, sentence], ...]"
+            raise SampleError("unknown-instruction", where=where, expected=expected, found=json.dumps(entry)[:80])
+        return [(start_s + float(time_s), sentence) for time_s, sentence in pairs]
+
+    def _list(self, path: Path) -> list[Any]:
+        if path not in self._lists:
+            try:
+                document = json.loads(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    "a file cannot be read", where=path, expected="a JSON list", found=str(error)
+                ) from error
+            if not isinstance(document, list):
+                raise DataError("not a list", where=path, expected="a JSON list", found=type(document).__name__)
+            self._lists[path] = document
+        return self._lists[path]
+
+
+def _is_told(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and isinstance(pair[0], (int, float))
+        and isinstance(pair[1], str)
+        and bool(pair[1].strip())
+    )
+
+
+def _open_group(path: Path) -> Any:
+    try:
+        import zarr
+        from zarr.errors import GroupNotFoundError
+        from zarr.storage import ZipStore
+    except ModuleNotFoundError as error:
+        raise missing_extra("zarr", "convert", "reading UMI replay buffers") from error
+    try:
+        from imagecodecs.numcodecs import register_codecs
+    except ModuleNotFoundError as error:
+        raise missing_extra("imagecodecs", "convert", "reading UMI replay buffers") from error
+    register_codecs(verbose=False)
+    try:
+        store = ZipStore(path, mode="r") if path.is_file() else path
+        return zarr.open_group(store, mode="r", zarr_format=2)
+    except (*_DECODING, GroupNotFoundError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise DataError("not a replay buffer", where=path, expected="zarr of version 2", found=found) from error
+
+
+def _video_times(path: Path) -> tuple[float, float]:
+    """When the first frame of a video is shown, and the time between two [s]."""
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate, base = stream.average_rate, stream.time_base
+            if not rate or not base:
+                raise ValueError("no frame rate")
+            return float((stream.start_time or 0) * base), float(1 / rate)
+    except (FFmpegError, OSError, ValueError, IndexError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise SampleError("bad-recording", what="the video cannot be read", where=path, found=found) from error

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rdt2_jax.lora import AdaptedWeight, dropped_out
 from rdt2_jax.params import Initializer, LogicalAxes, ParamSpec, normal, zeros
 from rdt2_jax.quantization import Int8Weight
 
@@ -21,7 +22,8 @@ Dimension = tuple[str | None, int]
 
 @struct.dataclass
 class Linear:
-    """A weight of shape (*outputs, *inputs), an array or an `Int8Weight`, and a bias of shape (*outputs) or None.
+    """A weight of shape (*outputs, *inputs) and a bias of shape (*outputs) or None. The weight is an array, an
+    `Int8Weight`, or an `AdaptedWeight`.
 
     Outputs come first, as in the published files: a product with one token then reads memory in order, which on a CPU
     takes a quarter off the time.
@@ -114,18 +116,25 @@ def linear(layer: Linear, x: jax.Array, num_inputs: int = 1) -> jax.Array:
     Returns:
         (..., *outputs), in the dtype of `x`.
     """
-    weight = layer.weight
-    if isinstance(weight, Int8Weight):
-        # in float32: rounded to 16 bits, a scale would be off by as much for its whole channel
-        y = (_contract(x, weight.values, num_inputs).astype(jnp.float32) * weight.scale).astype(x.dtype)
-    else:
-        y = _contract(x, weight, num_inputs)
+    y = _product(x, layer.weight, num_inputs)
     return y if layer.bias is None else y + layer.bias.astype(x.dtype)
 
 
 def gated_mlp(layer: GatedMLP, x: jax.Array) -> jax.Array:
     """(..., width) -> (..., width)."""
     return linear(layer.down, jax.nn.silu(linear(layer.gate, x)) * linear(layer.up, x))
+
+
+def _product(x: jax.Array, weight: Any, num_inputs: int) -> jax.Array:
+    """`x` times a weight of any kind."""
+    if isinstance(weight, AdaptedWeight):
+        low_rank = _contract(dropped_out(x, weight), weight.adapter.down, num_inputs)
+        added = _contract(low_rank, weight.adapter.up, 1)
+        return _product(x, weight.base, num_inputs) + weight.scale * added
+    if isinstance(weight, Int8Weight):
+        # in float32: rounded to 16 bits, a scale would be off by as much for its whole channel
+        return (_contract(x, weight.values, num_inputs).astype(jnp.float32) * weight.scale).astype(x.dtype)
+    return _contract(x, weight, num_inputs)
 
 
 def _contract(x: jax.Array, weight: jax.Array, num_inputs: int) -> jax.Array:

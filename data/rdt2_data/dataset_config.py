@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,7 @@ class DatasetKwargs(FrozenConfig):
 
     instruction_path: str | None = None
     normalizer_path: str | None = None
-    addtional_instructions: dict[str, str] = Field(default_factory=dict)
+    addtional_instructions: dict[str | int, str] = Field(default_factory=dict)
 
 
 class MixtureEntry(FrozenConfig):
@@ -47,10 +47,10 @@ class MixtureEntry(FrozenConfig):
 
 
 class QuestionsConfig(FrozenConfig):
-    """Vision-language questions mixed in: shards of question samples, and their share of all samples."""
+    """Vision-language questions mixed in: shards of them, and their share of all samples (1: nothing else)."""
 
     shards_dir: str
-    share: Annotated[float, Field(gt=0, lt=1)]
+    share: Annotated[float, Field(gt=0, le=1)]
 
 
 class DatasetConfig(FrozenConfig):
@@ -58,7 +58,7 @@ class DatasetConfig(FrozenConfig):
 
     Attributes:
         name: for reports.
-        type: "single", or anything else for a mixture.
+        type: "single"; any other word means a mixture, as in the published code.
         shards_dir: of a single dataset: folder, file or pattern (see `shards.source.open_source`).
         train: of a mixture: name -> dataset.
         questions: of a mixture.
@@ -66,7 +66,7 @@ class DatasetConfig(FrozenConfig):
     """
 
     name: str
-    type: Literal["single", "mixture", "mixed", "multi"] = "single"
+    type: str = "single"
     shards_dir: str | None = None
     train: dict[str, MixtureEntry] = Field(default_factory=dict)
     questions: QuestionsConfig | None = None
@@ -76,8 +76,10 @@ class DatasetConfig(FrozenConfig):
     def _one_kind(self) -> DatasetConfig:
         if self.type == "single" and (self.shards_dir is None or self.train or self.questions):
             raise ValueError("a single dataset has shards_dir, and neither train nor questions")
-        if self.type != "single" and (not self.train or self.shards_dir is not None):
+        if self.type != "single" and (not (self.train or self.questions) or self.shards_dir is not None):
             raise ValueError("a mixture has train: {name: {config_path, weight}}, and no shards_dir")
+        if self.questions is not None and (self.questions.share == 1) == bool(self.train):
+            raise ValueError("questions.share is below 1 beside datasets, and 1 without any")
         return self
 
 
@@ -125,18 +127,23 @@ def load_dataset(path: str | Path) -> Dataset:
     if config.type == "single":
         component = _single(file, config, 1.0, None, {})
         return Dataset(config.name, (component,), _resolved(file, config.kwargs.normalizer_path))
-    shared = config.kwargs.instruction_path and _instructions(file, config.kwargs.instruction_path)
+    shared = None
+    if config.kwargs.instruction_path is not None:
+        shared = _instructions(file, config.kwargs.instruction_path)
     components: list[Component] = []
     normalizers: dict[str, str] = {}
     for name, entry in config.train.items():
         member_file = Path(_resolve(file, entry.config_path))
+        if not member_file.is_file():
+            where, fix = f"{file}, train.{name}.config_path", "give its path from the folder of this file"
+            raise ConfigError("a dataset of the mixture is missing", where=where, found=entry.config_path, fix=fix)
         member = load_config(DatasetConfig, member_file)
         if member.type != "single":
             raise ConfigError(
                 "a mixture is made of single datasets", where=f"{file}, train.{name}", found=f"type {member.type}"
             )
-        more = config.kwargs.addtional_instructions
-        components.append(_single(member_file, member, entry.weight, shared or None, more))
+        more = _as_text(config.kwargs.addtional_instructions)
+        components.append(_single(member_file, member, entry.weight, shared, more))
         if normalizer := _resolved(member_file, member.kwargs.normalizer_path):
             normalizers[name] = normalizer
     own = _resolved(file, config.kwargs.normalizer_path)
@@ -160,13 +167,19 @@ def _single(
         if config.kwargs.instruction_path is None:
             raise ConfigError("a dataset needs instructions", where=file, expected="kwargs.instruction_path")
         instructions = _instructions(file, config.kwargs.instruction_path)
-    instructions = instructions.updated({**config.kwargs.addtional_instructions, **more})
+    instructions = instructions.updated({**_as_text(config.kwargs.addtional_instructions), **more})
     return Component(config.name, _resolve(file, config.shards_dir or ""), weight, instructions)
 
 
 def _questions(file: Path, config: QuestionsConfig, others: list[Component]) -> Component:
-    weight = sum(component.weight for component in others) * config.share / (1 - config.share)
+    beside = sum(component.weight for component in others)
+    weight = beside * config.share / (1 - config.share) if others else 1.0
     return Component("questions", _resolve(file, config.shards_dir), weight, None)
+
+
+def _as_text(sentences: Mapping[str | int, str]) -> dict[str, str]:
+    """Keys as text, as JSON has no others."""
+    return {str(key): text for key, text in sentences.items()}
 
 
 def _instructions(file: Path, path: str) -> Instructions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,10 @@ class Instructions(Mapping[str, str]):
 
     def __len__(self) -> int:
         return len(self._sentences)
+
+    def digest(self) -> str:
+        """The same for the same sentences under the same keys."""
+        return hashlib.sha256(json.dumps(sorted(self._sentences.items())).encode()).hexdigest()[:32]
 
     def updated(self, more: Mapping[str, str]) -> Instructions:
         """These sentences with others added or put in their place."""

@@ -126,28 +126,31 @@ class Tally:
 
     def counts(self) -> dict[str, int]:
         """Reason -> how often, the most frequent first."""
-        with self._lock:
-            return dict(self._counts.most_common())
+        return dict(self._snapshot()[0])
 
     def examples(self) -> dict[str, list[str]]:
         """Reason -> one line for each of the first few."""
+        return self._snapshot()[1]
+
+    def _snapshot(self) -> tuple[list[tuple[str, int]], dict[str, list[str]]]:
+        """Counts, the most frequent first, and examples of one and the same moment."""
         with self._lock:
-            return {reason: list(lines) for reason, lines in self._examples.items()}
+            return self._counts.most_common(), {reason: list(lines) for reason, lines in self._examples.items()}
 
     def report(self) -> dict[str, Any]:
         """For machines: total, and per reason its meaning, count and examples."""
-        examples = self.examples()
+        counts, examples = self._snapshot()
         by_reason = {
             reason: {"meaning": REASONS[reason], "count": count, "examples": examples[reason]}
-            for reason, count in self.counts().items()
+            for reason, count in counts
         }
         return {"total": sum(entry["count"] for entry in by_reason.values()), "reasons": by_reason}
 
     def text(self) -> str:
         """For people: one paragraph per reason; empty where nothing was wrong."""
-        examples = self.examples()
+        counts, examples = self._snapshot()
         lines = []
-        for reason, count in self.counts().items():
+        for reason, count in counts:
             lines.append(f"{count} x {reason}: {REASONS[reason]}")
             lines += [f"    {line}" for line in examples[reason]]
         return "\n".join(lines)

@@ -83,6 +83,31 @@ def test_questions_get_their_share(tmp_path):
     assert dataset.components[2].instructions is None
 
 
+def test_questions_alone(tmp_path):
+    (tmp_path / "questions").mkdir()
+    document = {"name": "q", "type": "blend", "questions": {"shards_dir": "questions", "share": 1}}
+    (component,) = load_dataset(write(tmp_path / "q.yaml", document)).components
+    assert (component.weight, component.instructions) == (1.0, None)
+
+
+def test_keys_may_be_numbers(tmp_path):
+    """As in `meta.json`, where they are either."""
+    dataset = load_dataset(mixture(tmp_path, kwargs={"addtional_instructions": {7: "Turn."}}))
+    assert (dataset.components[0].instructions or {})["7"] == "Turn."
+
+
+def test_an_empty_file_of_instructions_holds_for_all(tmp_path):
+    (tmp_path / "none.json").write_text("{}")
+    dataset = load_dataset(mixture(tmp_path, kwargs={"instruction_path": "none.json"}))
+    assert dataset.components[0].instructions == {}
+
+
+def test_missing_members_name_the_mixture(tmp_path):
+    document = {"name": "x", "type": "mixture", "train": {"a": {"config_path": "gone.yaml"}}}
+    with pytest.raises(ConfigError, match=r"x\.yaml, train\.a\.config_path"):
+        load_dataset(write(tmp_path / "x.yaml", document))
+
+
 def test_normalizers_must_agree(tmp_path):
     file = mixture(tmp_path)
     for name in ("first", "second"):
@@ -104,6 +129,7 @@ def test_normalizers_must_agree(tmp_path):
         ({"name": "x", "type": "single", "shards_dir": "s", "questions": {"shards_dir": "q", "share": 0.1}}, "neither"),
         ({"name": "x", "type": "single", "shard_dir": "s"}, "did you mean 'shards_dir'"),
         ({"name": "x", "type": "mixture", "train": {"a": {"config_path": "a", "weight": 0}}}, "train.a.weight"),
+        ({"name": "x", "type": "mixture", "questions": {"shards_dir": "q", "share": 0.5}}, "share"),
         ({"name": "x", "type": "single", "shards_dir": "s"}, "instruction_path"),
         ({"name": "x", "type": "single", "shards_dir": "s", "kwargs": {"instruction_path": "no.json"}}, "no.json"),
     ],

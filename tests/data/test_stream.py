@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -30,6 +31,7 @@ def stream(file, batch_size=4, *, host=None, encoder=None, corrupt=None, **optio
 def digest(batch):
     """Everything in a batch, as one text."""
     parts = [getattr(batch, name) for name in sorted(vars(batch)) if name not in ("texts", "text")]
+    parts += [] if batch.text is None else list(vars(batch.text).values())
     return hashlib.sha256(b"".join(part.tobytes() for part in parts) + repr(batch.texts).encode()).hexdigest()
 
 
@@ -125,19 +127,27 @@ def test_epochs_end(dataset):
         next(iterator)
 
 
-def test_restored_at_every_step(mixed):
+@pytest.mark.parametrize("kind", ["single", "mixture"])
+def test_restored_at_every_step(dataset, mixed, kind):
     """The state of every step gives the identical remaining stream: images, actions, texts, keys."""
-    batches, states = [], []
-    iterator = iter(stream(mixed, 4, epochs=2))
-    states.append(iterator.get_state())
-    for batch in iterator:
+    file, options, count = (dataset, {"epochs": 2}, 11) if kind == "single" else (mixed, {}, 12)
+    iterator = iter(stream(file, 4, **options))
+    batches, states = [], [iterator.get_state()]
+    for batch in itertools.islice(iterator, count):
         batches.append(digest(batch))
         states.append(json.loads(json.dumps(iterator.get_state())))
-    assert len(batches) > 8
+    assert len(batches) == count
     for step, state in enumerate(states):
-        again = iter(stream(mixed, 4, epochs=2, threads=1 + step % 3))
+        again = iter(stream(file, 4, threads=1 + step % 3, **options))
         again.set_state(state)
-        assert [digest(batch) for batch in again] == batches[step:]
+        assert [digest(batch) for batch in itertools.islice(again, count - step)] == batches[step:]
+        if kind == "single":
+            assert next(again, None) is None
+
+
+def test_a_mixture_has_no_passes(mixed):
+    with pytest.raises(ConfigError, match="no passes"):
+        stream(mixed, 4, epochs=1)
 
 
 def test_state_does_not_run_ahead_of_what_was_handed_out(dataset):
@@ -184,9 +194,30 @@ def test_states_of_other_streams_are_refused(dataset, mixed):
     for other in (stream(dataset, seed=1), stream(dataset, shuffle=False), stream(mixed), stream(dataset, epochs=3)):
         with pytest.raises(DataError, match="another stream"):
             iter(other).set_state(state)
-    for damaged in ({}, state | {"version": 2}, state | {"extra": 1}):
+    for damaged in ({}, state | {"version": 2}, state | {"extra": 1}, None, [1], "x"):
         with pytest.raises(DataError, match="no state"):
             iter(stream(dataset)).set_state(damaged)
+    ended = stream(dataset, epochs=1)
+    for position in (-4, 2.0, 1e30, "x", None, True, 24):
+        with pytest.raises(DataError, match="outside the stream"):
+            iter(ended).set_state(iter(ended).get_state() | {"position": position})
+
+
+def test_other_sentences_are_another_stream(tmp_path):
+    file = write_dataset(tmp_path / "x")
+    state = iter(stream(file)).get_state()
+    (tmp_path / "x/instructions.json").write_text(json.dumps(SENTENCES | {"0": "Pick up the pear."}))
+    with pytest.raises(DataError, match="another stream"):
+        iter(stream(file)).set_state(state)
+
+
+def test_hosts_can_tell_that_they_see_other_shards(dataset, tmp_path):
+    shutil.copytree(dataset.parent, tmp_path / "copy")
+    shard = tmp_path / "copy/shards/shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    same = stream(dataset, host=Host(1, 2)).fingerprint()
+    assert stream(dataset, host=Host(0, 2)).fingerprint() == same
+    assert stream(tmp_path / "copy/dataset.yaml", host=Host(0, 2)).fingerprint() != same
 
 
 def test_hosts_that_cannot_share_a_batch(dataset):
@@ -277,6 +308,40 @@ class TestBadSamples:
             kept = ~bad.replaced
             assert np.array_equal(bad.sample[kept], good.sample[kept])
             assert np.array_equal(bad.key, good.key)
+
+    def test_a_bad_sample_counts_once_however_often_it_is_drawn(self, damaged):
+        found = stream(damaged, 8)
+        iterator = iter(found)
+        take(iterator, 20)
+        assert iterator.counts["replaced"] == 20
+        assert found.tally.counts() == {"corrupt-jpeg": 1, "unknown-instruction": 1}
+
+    def test_in_an_evaluation_substitutes_are_not_valid(self, damaged):
+        batches = take(stream(damaged, 8, shuffle=False, epochs=1, last_batch="pad"), 2)
+        seen = [int(number) for batch in batches for number in batch.sample[batch.valid, 1]]
+        assert seen == [number for number in range(16) if number not in (3, 11)]
+
+    def test_bad_questions_are_replaced_by_questions(self, tmp_path):
+        def make(number):
+            return question(number) | ({"conversation.json": b"{"} if number == 2 else {})
+
+        write_shards(tmp_path / "questions", shards=1, samples=6, make=make)
+        (tmp_path / "all.yaml").write_text(
+            "name: q\ntype: mixture\nquestions: {shards_dir: questions, share: 1}\n", encoding="utf-8"
+        )
+        found = stream(tmp_path / "all.yaml", 6)
+        (batch,) = take(found, 1)
+        assert batch.replaced.sum() == 1
+        assert not batch.is_action.any()
+        assert found.tally.counts() == {"bad-conversation": 1}
+
+    def test_after_an_error_the_same_step_comes_again(self, damaged):
+        iterator = iter(stream(damaged, 2, shuffle=False, strict=True, threads=1))
+        next(iterator)
+        for _ in range(2):
+            with pytest.raises(SampleError, match="sample 3"):
+                next(iterator)
+            assert iterator.get_state()["position"] == 2
 
     def test_substitutes_are_the_same_after_a_restart(self, damaged):
         iterator = iter(stream(damaged, 8))

@@ -15,7 +15,7 @@ from small_shards import write_dataset
 
 from rdt2_jax.action_tokenizer.vocabulary import tokens_to_ids
 from rdt2_jax.errors import ConfigError
-from rdt2_jax.qwen2_5_vl.prompt import action_example
+from rdt2_jax.qwen2_5_vl.prompt import action_example, action_prompt
 from rdt2_jax.qwen2_5_vl.tokenizer import Tokenizer
 
 IMAGE_TOKENS = 6
@@ -114,7 +114,12 @@ def test_long_conversations_lose_their_last_turns(encoder, tokenizer):
 
 @pytest.mark.parametrize(
     ("question", "answer"),
-    [("What?", "A " + "big " * 200 + "cup."), ("What " + "ever " * 200 + "?", "A cup."), ("so " * 200, "big " * 200)],
+    [
+        ("w" * 3000, "A cup."),
+        ("What?", "A " + "big " * 200 + "cup."),
+        ("What " + "ever " * 200 + "?", "A cup."),
+        ("so " * 200, "big " * 200),
+    ],
 )
 def test_long_turns_keep_part_of_the_answer(encoder, tokenizer, question, answer):
     ids, mask, supervised, truncated = one(encoder, (Turn(question, answer),))
@@ -123,6 +128,16 @@ def test_long_turns_keep_part_of_the_answer(encoder, tokenizer, question, answer
     learnt = words(tokenizer, ids[supervised]).removeprefix("<|im_start|>assistant\n")
     assert learnt
     assert answer.startswith(learnt.removesuffix("<|im_end|>").rstrip())
+
+
+def test_prompts_alone(tokenizer):
+    """What the action expert is trained behind: as a policy asks for an action."""
+    encoder = TextEncoder(tokenizer, IMAGE_TOKENS, LENGTH, with_answers=False)
+    ids, mask, supervised, _ = one(encoder, "Pick up the apple.")
+    assert ids[mask].tolist() == action_prompt(tokenizer, "Pick up the apple.", IMAGE_TOKENS)
+    assert not supervised.any()
+    with pytest.raises(ConfigError, match="answered"):
+        one(encoder, (Turn("What?", "That."),))
 
 
 def test_too_short_a_length(tokenizer):

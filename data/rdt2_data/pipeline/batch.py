@@ -10,7 +10,6 @@ import numpy as np
 from rdt2_data.instructions import Instructions
 from rdt2_data.pipeline.letterbox import letterbox
 from rdt2_data.pipeline.text import TextEncoder, TextRows
-from rdt2_data.problems import SampleError
 from rdt2_data.samples import (
     COMPOSITE_SHAPE,
     INSTRUCTION_KEY,
@@ -127,6 +126,3 @@ class BatchBuilder:
         if self._encoder is not None:
             text = self._encoder.encode(self._texts, arrays["action_token"], arrays["has_tokens"])
         return Batch(**arrays, texts=tuple(self._texts), text=text)
-
-
-__all__ = ["Batch", "BatchBuilder", "Corruption", "SampleError"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import grain
 import numpy as np
 from pydantic import Field
 
-from rdt2_data.dataset_config import Component, Dataset
+from rdt2_data.dataset_config import Dataset
 from rdt2_data.pipeline.batch import Batch, BatchBuilder, Corruption
 from rdt2_data.pipeline.text import TextEncoder
 from rdt2_data.problems import SampleError, Tally
@@ -36,6 +37,9 @@ STATE_VERSION = 1
 _ATTEMPTS = 100
 """Substitutes tried for one bad sample before the dataset is given up."""
 
+_BAD_REMEMBERED = 1_000_000
+"""Beyond it, a bad sample may be counted again: a dataset of that kind is not worth the memory."""
+
 
 class StreamConfig(FrozenConfig):
     """What is drawn, and how it is read.
@@ -44,9 +48,10 @@ class StreamConfig(FrozenConfig):
         batch_size: samples of a step, over all hosts.
         seed: of shuffling, mixing, substitutes and augmentation keys.
         shuffle: False keeps the order of the shards, for evaluation.
-        epochs: passes over the dataset, each in an order of its own; None: without end. The last step of the last
-            pass may be cut short, see `last_batch`.
-        last_batch: "drop" leaves out samples that do not fill a batch; "pad" fills it with samples marked not valid.
+        epochs: passes over a single dataset, each in an order of its own; None: without end. A mixture has no passes:
+            its parts are drawn by weight, whatever their size.
+        last_batch: "drop" leaves out samples that do not fill a batch; "pad", for evaluation, fills it with samples
+            marked not valid, and marks substitutes of bad samples so too.
         threads: that read and decode, a batch each.
         prefetch: batches made ahead, per host.
         strict: stop at the first bad sample instead of replacing it.
@@ -82,10 +87,12 @@ class TrainingStream:
         index_folder: see `shards.source.TarShards`.
 
     Attributes:
-        tally: what was wrong with shards and samples, as far as this process has read.
+        tally: what was wrong with shards and samples, as far as this process has read; a bad sample counts once.
+
+    All hosts must see the same shards: compare `fingerprint` between them before training.
 
     Raises:
-        ConfigError: a batch that the hosts cannot share, questions without end in a finite mixture, or the like.
+        ConfigError: a batch that the hosts cannot share or the dataset does not fill, or passes over a mixture.
         DataError: no shards, or no sample in them.
     """
 
@@ -100,9 +107,19 @@ class TrainingStream:
         index_folder: Path | None = None,
     ) -> None:
         _require_shared(config.batch_size, host)
+        if config.epochs is not None and len(dataset.components) > 1:
+            raise ConfigError(
+                "a mixture has no passes",
+                where="epochs",
+                expected="none: its parts are drawn by weight without end",
+                found=config.epochs,
+                fix="leave epochs out, or give one dataset of the mixture",
+            )
         self.config, self.host = config, host
         self.tally = Tally(strict=config.strict)
         self._components, self._encoder, self._corrupt = dataset.components, encoder, corrupt
+        self._bad: set[tuple[int, int]] = set()
+        self._bad_lock = threading.Lock()
         self._sources: list[SampleSource] = []
         for component in dataset.components:
             source = open_source(component.shards, index_folder=index_folder, tally=self.tally)
@@ -142,7 +159,11 @@ class TrainingStream:
     def fingerprint(self) -> str:
         """Of everything that decides which sample comes at which place; the same on every host."""
         parts = [
-            [component.weight, component.instructions is None, source.fingerprint()]
+            [
+                component.weight,
+                None if component.instructions is None else component.instructions.digest(),
+                source.fingerprint(),
+            ]
             for component, source in zip(self._components, self._sources, strict=True)
         ]
         drawn = {name: getattr(self.config, name) for name in ("seed", "shuffle", "epochs", "last_batch")}
@@ -165,8 +186,11 @@ class TrainingStream:
         builder = BatchBuilder(rows, self._encoder, self._corrupt)
         for row, (position, sample, raw) in enumerate(zip(positions, drawn, self._read(drawn), strict=True)):
             used = self._fill(builder, row, position, sample, raw)
+            replaced = used != sample
             valid = self.config.epochs is None or position < total
-            builder.mark(row, used, replaced=used != sample, valid=valid)
+            if self.config.last_batch == "pad":
+                valid = valid and not replaced
+            builder.mark(row, used, replaced=replaced, valid=valid)
         return builder.build()
 
     def _sample(self, position: int) -> tuple[int, int]:
@@ -197,7 +221,7 @@ class TrainingStream:
                 builder.fill(row, raw, self._components[component].instructions, key)
                 return component, number
             except SampleError as problem:
-                self.tally.add(problem)
+                self._count(problem, (component, number))
             high, low = _words(self.config.seed, position, attempt)
             number = (high << 32 | low) % len(self._sources[component])
             (raw,) = self._sources[component].read([number])
@@ -207,6 +231,15 @@ class TrainingStream:
             found=f"{_ATTEMPTS} bad ones in a row:\n{self.tally.text()}",
             fix="look at the dataset with `rdt2 data check`",
         )
+
+    def _count(self, problem: SampleError, sample: tuple[int, int]) -> None:
+        """Counts a bad sample once, however often it is drawn."""
+        with self._bad_lock:
+            known = sample in self._bad
+            if not known and len(self._bad) < _BAD_REMEMBERED:
+                self._bad.add(sample)
+        if not known or self.config.strict:
+            self.tally.add(problem)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -232,7 +265,11 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self.stream.num_steps is not None and self._step >= self.stream.num_steps:
             raise StopIteration
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except Exception:
+            self._iterator = self._start()  # Grain's would go on behind the step that failed
+            raise
         self._step += 1
         self._replaced += int(batch.replaced.sum())
         self._truncated += 0 if batch.text is None else int(batch.text.truncated.sum())
@@ -263,9 +300,9 @@ class BatchIterator(Iterator[Batch]):
             DataError: a state of another dataset, order or seed, or one that lies within a batch.
         """
         names = {"version", "fingerprint", "position"}
-        if set(state) != names or state["version"] != STATE_VERSION:
+        if not isinstance(state, Mapping) or set(state) != names or state["version"] != STATE_VERSION:
             expected = f"version {STATE_VERSION} with {', '.join(sorted(names))}"
-            raise DataError("this is no state of a stream", expected=expected, found=dict(state))
+            raise DataError("this is no state of a stream", expected=expected, found=state)
         if state["fingerprint"] != self.stream.fingerprint():
             raise DataError(
                 "the state belongs to another stream",
@@ -274,7 +311,13 @@ class BatchIterator(Iterator[Batch]):
                 found=state["fingerprint"],
                 fix="use the same shards, weights, seed, epochs and order, or start the data anew on purpose",
             )
-        step, rest = divmod(int(state["position"]), self.stream.config.batch_size)
+        position, end = state["position"], self.stream.num_steps
+        size = self.stream.config.batch_size
+        whole = isinstance(position, int) and not isinstance(position, bool) and position >= 0
+        if not whole or (end is not None and position > end * size):
+            expected = "a whole number of samples" + ("" if end is None else f", at most {end * size}")
+            raise DataError("the state lies outside the stream", where="position", expected=expected, found=position)
+        step, rest = divmod(position, size)
         if rest:
             raise DataError(
                 "the state lies within a batch of this size",
@@ -318,6 +361,3 @@ def _require_shared(batch_size: int, host: Host) -> None:
             expected=f"a multiple of {host.count} hosts",
             found=batch_size,
         )
-
-
-__all__ = ["BatchIterator", "Component", "Host", "StreamConfig", "TrainingStream"]

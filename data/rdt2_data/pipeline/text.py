@@ -18,6 +18,7 @@ from rdt2_jax.qwen2_5_vl.prompt import (
     Example,
     ImageSlot,
     action_example,
+    action_prompt,
     add_turn,
     chat_example,
     left_pad_examples,
@@ -54,13 +55,16 @@ class TextEncoder:
         tokenizer: of the backbone.
         image_tokens: of the composite image (378 as published).
         length: ids in a row.
+        with_answers: with the action or the answers, to learn them; without, rows of actions end where the action
+            would begin, nothing is supervised, and there may be no conversations.
 
     Raises:
         ConfigError: a length in which no instruction has room.
     """
 
-    def __init__(self, tokenizer: Tokenizer, image_tokens: int, length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, image_tokens: int, length: int, *, with_answers: bool = True) -> None:
         self._tokenizer, self._image_tokens, self.length = tokenizer, image_tokens, length
+        self._with_answers = with_answers
         shortest = len(self._action("Go.", np.zeros(TOKENS_PER_CHUNK, np.int32)).ids)
         if length < shortest:
             expected = f"{shortest} or more: {image_tokens} of the image, the rest template and action"
@@ -104,11 +108,18 @@ class TextEncoder:
         return text[: max(fits, 1)]
 
     def _action(self, instruction: str, tokens: np.ndarray) -> Example:
+        if not self._with_answers:
+            ids = action_prompt(self._tokenizer, instruction, self._image_tokens)
+            return Example(ids, [False] * len(ids))
         control = self._tokenizer.control
         ids = tokens_to_ids(tokens, self._tokenizer.num_pieces, control.endoftext)
         return action_example(self._tokenizer, instruction, self._image_tokens, ids.tolist())
 
     def _conversation_row(self, turns: tuple[Turn, ...]) -> tuple[Example, bool]:
+        if not self._with_answers:
+            raise ConfigError(
+                "conversations are there to be answered", where="questions", fix="take them out of the data"
+            )
         example = self._first_turn(turns[0].question, turns[0].answer)
         if len(example.ids) > self.length:
             return self._shortened_turn(turns[0]), True
@@ -129,7 +140,12 @@ class TextEncoder:
         words = turn.question.split()
         question_room = max(room - min(len(self._tokenizer.encode(turn.answer)), room // 2), 1)
         fits = _largest(len(words), lambda n: len(self._tokenizer.encode(" ".join(words[:n]))) <= question_room)
-        question = " ".join(words[:fits]) if fits else turn.question[:1]
+        question = " ".join(words[:fits])
+        if not fits:  # one word without an end
+            letters = _largest(
+                len(turn.question), lambda n: len(self._tokenizer.encode(turn.question[:n])) <= question_room
+            )
+            question = turn.question[: max(letters, 1)]
         example = self._first_turn(question, turn.answer)
         return Example(example.ids[: self.length], example.supervised[: self.length])
 

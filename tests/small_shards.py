@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,14 @@ def write_shards(folder: Path, shards: int = 2, samples: int = 5, *, first: int 
                 number = first + shard * samples + row
                 writer.add(str(number), make(number))
     return folder
+
+
+def append(path: Path, name: str, data: bytes) -> None:
+    """Puts one more member into an archive, as tar would."""
+    with tarfile.open(path, "a:") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
 
 
 def write_dataset(folder: Path, shards: int = 2, samples: int = 5, **options: Any) -> Path:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rdt2_jax.cli import command_needs, json_option, print_json
+
+if TYPE_CHECKING:
+    from rdt2_data.check import CheckReport
+    from rdt2_data.check_sample import CheckOptions
+    from rdt2_data.problems import SampleError, Tally
 
 ASSUMED_CAMERA = "camera/wrist_fisheye_assumed.yaml"
 
@@ -50,14 +58,16 @@ def stats(
     from rdt2_data.problems import Tally
     from rdt2_data.shards.source import open_source
     from rdt2_data.statistics.collect import collect_statistics
-    from rdt2_data.statistics.normalizers import fit_normalizer
+    from rdt2_data.statistics.normalizers import fit_normalizer, require_quantiles
     from rdt2_data.statistics.report import plot_statistics, statistics_report
     from rdt2_jax.errors import DataError
     from rdt2_jax.progress import progress_bar
 
-    _require_suffix(out, ".npz", ".json")
-    _require_suffix(report, ".json")
-    _require_suffix(plot, ".png")
+    require_quantiles(kind, quantiles)
+    _require_output(out, ".npz", ".json")
+    _require_output(report, ".json")
+    _require_output(plot, ".png")
+    _require_apart(out, report)
     source = open_source(shards, tally=Tally(strict=strict))
     with progress_bar("reading actions", len(source), "samples") as advance:
         statistics = collect_statistics(source, workers=workers, progress=advance)
@@ -85,7 +95,12 @@ def stats(
 @click.option("--max-gap", "max_gap_s", type=float, default=0.1, show_default=True, help="Between samples [s].")
 @click.option("--min-entropy", type=float, default=1.0, show_default=True, help="Of each wrist image [bits].")
 @click.option("--sample", type=click.IntRange(1), help="Look at so many samples, evenly spread; all by default.")
-@click.option("--report", type=click.Path(path_type=Path), help="All findings, .json.")
+@click.option("--shuffled", is_flag=True, help="Samples lie in no order; known by itself of data pack --shuffle.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Counts and examples, .json; every single problem goes into the .problems.jsonl beside it.",
+)
 @_workers
 @_strict
 @json_option
@@ -100,6 +115,7 @@ def check(
     max_gap_s: float,
     min_entropy: float,
     sample: int | None,
+    shuffled: bool,
     report: Path | None,
     workers: int | None,
     strict: bool,
@@ -109,43 +125,40 @@ def check(
 
     The exit status is 1 when there is a problem, 0 for a clean dataset.
     """
-    from rdt2_data.check import CheckOptions, check_dataset
-    from rdt2_data.problems import SampleError, Tally
-    from rdt2_data.shards.source import open_source
-    from rdt2_jax.progress import progress_bar
+    from rdt2_data.check_sample import CheckOptions
+    from rdt2_data.problems import SampleError
 
-    _require_suffix(report, ".json")
+    _require_output(report, ".json")
+    log = None if report is None else report.with_suffix(".problems.jsonl")
+    _require_output(log, ".jsonl")
     options = CheckOptions(
         instructions=_load_instructions(instructions),
         normalizer=_load_normalizer(tokenizer, normalizer),
         max_gap_s=max_gap_s,
         min_entropy_bits=min_entropy,
         sample=sample,
+        shuffled=shuffled,
         workers=workers,
     )
-    try:
-        source = open_source(shards, tally=Tally(strict=strict))
-        with progress_bar("checking", min(sample or len(source), len(source)), "samples") as advance:
-            found = check_dataset(source, options, progress=advance)
-    except SampleError as problem:
-        if not strict:
-            raise
-        first = {"clean": False, "stopped_at": {"reason": problem.reason, "problem": problem.line()}}
-        if report is not None:
-            _write_json(report, first)
-        if as_json:
-            print_json(first)
-        else:
-            click.echo(f"stopped at the first problem, {problem.reason}: {problem}", err=True)
-        context.exit(1)
-    document = found.to_json()
-    if report is not None:
+    with _tally(log, strict) as tally:
+        found = _run_check(shards, tally, options)
+    if isinstance(found, SampleError):
+        document: dict[str, Any] = {"clean": False}
+        document["stopped_at"] = {"reason": found.reason, "problem": found.line()}
+    else:
+        document = found.to_json()
+    if report is not None and log is not None:
+        document["problems_file"] = log.name
         _write_json(report, document)
     if as_json:
         print_json(document)
+    elif isinstance(found, SampleError):
+        click.echo(f"stopped at the first problem, {found.reason}: {found}", err=True)
     else:
         _print_check(found)
-    context.exit(0 if found.clean else 1)
+        if log is not None:
+            click.echo(f"wrote {report}, and every problem to {log}")
+    context.exit(0 if document["clean"] else 1)
 
 
 @click.command("inspect")
@@ -175,6 +188,7 @@ def inspect_command(
     as_json: bool,
 ) -> None:
     """Make one HTML page about SHARDS (a folder, files, or patterns): it needs no network and runs no script."""
+    from rdt2_data.inspection.overlay import require_cameras
     from rdt2_data.inspection.page import render_page
     from rdt2_data.inspection.summary import gallery, summarize
     from rdt2_data.problems import Tally
@@ -184,12 +198,13 @@ def inspect_command(
     from rdt2_jax.io.files import atomic_write
     from rdt2_jax.progress import progress_bar
 
-    _require_suffix(out, ".html", ".htm")
+    _require_output(out, ".html", ".htm")
     sentences = _load_instructions(instructions)
     cameras = {
         "left_wrist": load_config(WristCameraConfig, camera),
         "right_wrist": load_config(WristCameraConfig, camera_right or camera),
     }
+    require_cameras(cameras)
     source = open_source(shards, tally=Tally(strict=strict))
     with progress_bar("reading", len(source), "samples") as advance:
         summary = summarize(source, find_shards(shards), sentences, workers=workers, progress=advance)
@@ -228,7 +243,7 @@ def view(
     """Show PATHS in Rerun: shards (a folder, files, or patterns), or one episode (.mcap, .mcap.partial)."""
     from rdt2_data.view import view_episode, view_shards
 
-    _require_suffix(save, ".rrd")
+    _require_output(save, ".rrd")
     sentences = _load_instructions(instructions)
     if any(Path(path).name.endswith((".mcap", ".mcap.partial")) for path in paths):
         if len(paths) != 1 or instructions is not None:
@@ -275,12 +290,61 @@ def _load_normalizer(tokenizer: Path | None, normalizer: Path | None) -> Any:
     return loaded
 
 
-def _require_suffix(path: Path | None, *suffixes: str) -> None:
+def _require_output(path: Path | None, *suffixes: str) -> None:
+    """Before hours of reading: that a file of this name can be written when they are over."""
     from rdt2_jax.errors import DataError
 
-    if path is not None and path.suffix.lower() not in suffixes:
+    if path is None:
+        return
+    what, folder = "this file cannot be written", path.resolve().parent
+    if path.suffix.lower() not in suffixes:
         expected = "a name ending in " + " or ".join(suffixes)
-        raise DataError("this file cannot be written", where=path, expected=expected, found=path.suffix or "none")
+        raise DataError(what, where=path, expected=expected, found=path.suffix or "none")
+    if not folder.is_dir():
+        raise DataError(what, where=path, expected=f"an existing folder {folder}", fix="create the folder first")
+    if path.is_dir():
+        raise DataError(what, where=path, expected="the name of a file", found="a folder")
+    if not os.access(folder, os.W_OK):
+        raise DataError(what, where=path, expected=f"a folder that you may write to: {folder}")
+
+
+def _require_apart(out: Path, report: Path | None) -> None:
+    from rdt2_jax.errors import DataError
+
+    if report is not None and report.resolve() == out.resolve():
+        expected = "files of different names for --out and --report"
+        raise DataError("one file would replace the other", where=report, expected=expected)
+
+
+@contextmanager
+def _tally(log: Path | None, strict: bool) -> Iterator[Tally]:
+    """Counts problems, and writes every one into a file that appears when the pass is over."""
+    from rdt2_data.problem_log import ProblemLog
+    from rdt2_data.problems import Tally
+    from rdt2_jax.io.files import atomic_write
+
+    if log is None:
+        yield Tally(strict=strict)
+        return
+    with atomic_write(log) as file:
+        yield ProblemLog(file, strict=strict)
+
+
+def _run_check(shards: tuple[str, ...], tally: Tally, options: CheckOptions) -> CheckReport | SampleError:
+    """What was found; or the problem at which a strict check has stopped."""
+    from rdt2_data.check import check_dataset
+    from rdt2_data.problems import SampleError
+    from rdt2_data.shards.source import open_source
+    from rdt2_jax.progress import progress_bar
+
+    try:
+        source = open_source(shards, tally=tally)
+        with progress_bar("checking", min(options.sample or len(source), len(source)), "samples") as advance:
+            return check_dataset(source, options, progress=advance)
+    except SampleError as problem:
+        if not tally.strict:
+            raise
+        return problem
 
 
 def _write_json(path: Path, document: Any) -> None:
@@ -317,6 +381,8 @@ def _print_check(found: Any) -> None:
         for name, share in zip(CHANNEL_NAMES, found.outside, strict=True):
             if share > 0:
                 click.echo(f"{name}: {share:.3%} of values beyond the bounds of the normalizer")
+    for note in found.notes:
+        click.echo(note)
     _print_problems(found.tally)
 
 

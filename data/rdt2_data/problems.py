@@ -36,6 +36,7 @@ REASONS = {
     "camera-skew": "the two images were taken too far apart",
     "blank-image": "the image carries next to no information",
     "out-of-range": "a value is outside the range it should have",
+    "mixed-kinds": "a folder holds actions and questions: read as one kind, all of the other are left out",
     "bad-recording": "a recording cannot be read",
 }
 """Every reason for which a sample, a shard or a recording is left out or marked, with what it means."""

@@ -18,11 +18,10 @@ import numpy as np
 from rdt2_data.instructions import Instructions
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import (
-    COMPOSITE_SHAPE,
     IMAGE,
     INSTRUCTION_KEY,
     RawSample,
-    decode_image,
+    decode_composite,
     read_action,
     read_conversation,
     read_meta,
@@ -152,10 +151,7 @@ def _log_sample(stream: Any, raw: RawSample, instructions: Instructions | None) 
     import rerun as rr
     import simplejpeg
 
-    meta, image, action = read_meta(raw), decode_image(raw), read_action(raw)
-    if image.shape != COMPOSITE_SHAPE:
-        where = f"{raw.where}, {IMAGE}"
-        raise SampleError("wrong-image", where=where, expected=COMPOSITE_SHAPE, found=image.shape)
+    meta, image, action = read_meta(raw), decode_composite(raw), read_action(raw)
     key = meta[INSTRUCTION_KEY]
     text = f"instruction {key}" if instructions is None else instructions.text(key, raw.where)
     stream.log("instruction", rr.TextDocument(f"{text}\n\n{raw.where}"))

@@ -104,6 +104,78 @@ def test_damaged_files_are_named(tmp_path, content):
         open_source(tmp_path, tally=Tally(strict=True))
 
 
+@pytest.mark.parametrize("length", [10, 1000, 65536, 131072, -1, -65536])
+def test_files_cut_short_are_truncated(tmp_path, length):
+    pack(write_shards(tmp_path / "tar", shards=1, samples=20), tmp_path / "whole", PackOptions("array_record", 20))
+    data = (tmp_path / "whole/shard-000000.array_record").read_bytes()
+    assert len(data) > 3 * 65536
+    (tmp_path / "x.array_record").write_bytes(data[:length])
+    source = open_source(tmp_path / "x.array_record")
+    assert (len(source), source.tally.counts()) == (0, {"truncated-shard": 1})
+
+
+def test_files_without_records_are_empty(tmp_path):
+    with ArrayRecordWriter(tmp_path / "x.array_record"):
+        pass
+    assert open_source(tmp_path).tally.counts() == {"empty-shard": 1}
+
+
+def test_one_bad_file_does_not_stop_the_others(tmp_path):
+    pack(write_shards(tmp_path / "tar"), tmp_path / "records", PackOptions("array_record", 5))
+    (tmp_path / "records/shard-000000.array_record").unlink()
+    (tmp_path / "records/shard-000000.array_record").mkdir()
+    source = open_source(tmp_path / "records")
+    assert source.tally.counts() == {"damaged-shard": 1}
+    assert contents(source) == [sample(n) for n in range(5, 10)]
+
+
+def test_a_file_that_changes_is_refused(tmp_path):
+    for file in range(2):
+        with ArrayRecordWriter(tmp_path / f"{file}.array_record") as writer:
+            writer.add("0", sample(file))
+    source = open_source(tmp_path)
+    before = source.fingerprint()
+    (tmp_path / "0.array_record").write_bytes(b"other")
+    with pytest.raises(DataError, match="changed while it was read"):
+        source.read([0])
+    assert source.fingerprint() == before  # of what was opened
+
+
+@pytest.mark.parametrize(
+    ("key", "members"), [("a.b", {"x": b"1"}), ("", {"x": b"1"}), ("a/b", {"x": b"1"}), ("a", {}), ("a", {"x": b""})]
+)
+def test_writer_refuses_what_the_other_refuses(tmp_path, key, members):
+    with pytest.raises(DataError, match="a sample"), ArrayRecordWriter(tmp_path / "x.array_record") as writer:
+        writer.add(key, members)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_goes_on_only_with_the_same_source(tmp_path):
+    tar = write_shards(tmp_path / "tar", first=100)
+    options = PackOptions("tar", 4)
+    pack(tar, tmp_path / "out", options)
+    (tmp_path / "out/shard-000002.tar").unlink()
+    before = open_source(tar).fingerprint()
+    write_shards(tar, first=107)  # images repeat after 7 samples
+    assert open_source(tar).fingerprint() == before
+    with pytest.raises(DataError, match="otherwise"):
+        pack(tar, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_packing_removes_what_a_killed_run_left(tmp_path, claimed):
+    tar = write_shards(tmp_path / "tar")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if claimed:
+        pack(tar, folder, PackOptions("tar", 4))
+    whole = {"pack.json", *(f"shard-{n:06d}.tar{suffix}" for n in range(3) for suffix in ("", ".idx"))}
+    for name in (".shard-000001.tar.0123.tmp", ".shard-000001.tar.idx.4567.tmp", ".pack.json.89ab.tmp"):
+        (folder / name).write_bytes(b"half")
+    pack(tar, folder, PackOptions("tar", 4))
+    assert {path.name for path in folder.iterdir()} == whole
+
+
 def test_command(tmp_path):
     write_shards(tmp_path / "tar")
     arguments = [str(tmp_path / "tar"), str(tmp_path / "out"), "--to", "array-record", "--json"]

@@ -9,20 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import simplejpeg
 from click.testing import CliRunner, Result
 from look_shards import JPEGS, good_samples, meta_times, write_shards
-from rdt2_data.check import CheckOptions, check_dataset, chosen_samples, grey_entropy_bits
+from rdt2_data.capture_times import was_packed_shuffled
+from rdt2_data.check import check_dataset, chosen_samples
+from rdt2_data.check_sample import CheckOptions, grey_entropy_bits
 from rdt2_data.commands_look import check
 from rdt2_data.instructions import Instructions
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import COMPOSITE_SHAPE, Turn, question_members
+from rdt2_data.shards.pack import PackOptions, pack
 from rdt2_data.shards.source import open_source
 
 from rdt2_jax.actions.normalizer import LinearNormalizer
-from rdt2_jax.errors import CheckpointError
+from rdt2_jax.errors import CheckpointError, ConfigError, DataError
 
 COUNT = 24
 Members = dict[str, bytes]
@@ -295,6 +299,119 @@ def test_some_samples_stand_for_all(clean):
     assert json.loads(result.output)["checked"] == 5
     assert chosen_samples(100, 3) == [0, 50, 99]
     assert list(chosen_samples(3, 10)) == [0, 1, 2]
+
+
+def test_a_report_comes_with_every_single_problem(tmp_path):
+    samples = good_samples(COUNT)
+    for number in range(0, COUNT, 2):
+        no_image(samples[number])
+    double_precision(samples[2])
+    folder, report = write_shards(tmp_path / "shards", samples), tmp_path / "report.json"
+    cut_off(folder)
+    assert run(folder, "--report", str(report)).exit_code == 1
+    found = json.loads(report.read_text())
+    log = tmp_path / found["problems_file"]
+    assert log.name == "report.problems.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == found["problems"]["total"] == 14
+    missing = [line["where"] for line in lines if line["reason"] == "missing-member"]
+    for number, where in zip(range(0, COUNT, 2), missing, strict=True):
+        assert f"sample {number:09d}" in where
+    assert len(found["problems"]["reasons"]["missing-member"]["examples"]) == 5
+    (dtype,) = [line for line in lines if line["reason"] == "wrong-dtype"]
+    assert (dtype["expected"], dtype["found"]) == ("float32", "float64")
+    assert {line["reason"] for line in lines} >= {"truncated-shard"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.problems.jsonl", "shards"]
+
+    assert run(folder, "--report", str(report), "--strict").exit_code == 1
+    assert len(log.read_text().splitlines()) == 1  # the old lines are gone
+    assert run(write_shards(tmp_path / "good", good_samples(3)), "--report", str(report)).exit_code == 0
+    assert log.read_bytes() == b""
+
+
+@pytest.mark.parametrize("question_first", [False, True])
+def test_actions_and_questions_in_one_folder_are_a_problem(question_first, tmp_path):
+    picture = simplejpeg.encode_jpeg(np.zeros((20, 30, 3), np.uint8), colorspace="RGB")
+    questions = [question_members(image_jpeg=picture, turns=[Turn("What is it?", "A cup.")])] * 3
+    actions = good_samples(3)
+    mixed = write_shards(tmp_path / "mixed", questions + actions if question_first else actions + questions, 2)
+    result = run(mixed, "--json")
+    assert result.exit_code == 1
+    problems = json.loads(result.output)["problems"]["reasons"]
+    assert {reason: entry["count"] for reason, entry in problems.items()} == {"mixed-kinds": 1}
+    line = problems["mixed-kinds"]["examples"][0]
+    action, question = ("3", "0") if question_first else ("0", "3")
+    assert f"an action in {mixed}/shard-00000{int(action) // 2}.tar, sample 00000000{action}" in line
+    assert f"a question in {mixed}/shard-00000{int(question) // 2}.tar, sample 00000000{question}" in line
+    assert "stopped at the first problem, mixed-kinds" in run(mixed, "--strict").output
+
+    apart = [write_shards(tmp_path / "actions", actions), write_shards(tmp_path / "questions", questions)]
+    assert check_dataset(open_source(apart)).clean
+
+
+def test_a_shuffled_dataset_is_compared_by_its_frames(tmp_path):
+    samples = good_samples(COUNT)
+    folder = write_shards(tmp_path / "shards", samples)
+    packed = tmp_path / "packed"
+    pack(str(folder), packed, PackOptions("tar", 7, shuffle_seed=5))
+    found = check_dataset(open_source(packed))
+    assert found.clean
+    assert found.with_times == COUNT
+    assert any(str(packed) in note and "shuffled" in note for note in found.notes)
+
+    (packed / "pack.json").unlink()
+    sentences = ["--instructions", str(folder / "instructions.json")]
+    assert "bad-time" in CliRunner().invoke(check, [str(packed), *sentences]).output
+    assert CliRunner().invoke(check, [str(packed), *sentences, "--shuffled"]).exit_code == 0
+
+    for members in samples:  # the later the frame, the earlier the time
+        meta = json.loads(members["meta.json"])
+        with_meta(members, capture_time_s={name: -time for name, time in meta["capture_time_s"].items()})
+    backwards_packed = tmp_path / "backwards"
+    pack(str(write_shards(tmp_path / "other", samples)), backwards_packed, PackOptions("tar", 7, shuffle_seed=5))
+    assert check_dataset(open_source(backwards_packed)).tally.counts()["bad-time"] == 2 * (COUNT - 3)
+
+
+def test_pack_files_are_read_where_the_shards_lie(tmp_path):
+    files = fsspec.filesystem("memory")
+    files.pipe("/look-shuffled/pack.json", b'{"shuffle_seed": 0}')
+    files.pipe("/look-ordered/pack.json", b'{"shuffle_seed": null}')
+    files.pipe("/look-damaged/pack.json", b'{"shuffle')
+    assert was_packed_shuffled("memory://look-shuffled")
+    for folder in ("memory://look-ordered", "memory://look-damaged", "memory://look-nowhere", str(tmp_path)):
+        assert not was_packed_shuffled(folder)
+
+
+def test_a_dataset_packed_in_its_order_is_looked_at_for_gaps(tmp_path):
+    samples = good_samples(COUNT)
+    late(samples[5])
+    pack(str(write_shards(tmp_path / "shards", samples)), tmp_path / "packed", PackOptions("tar", 7))
+    assert "time-gap" in check_dataset(open_source(tmp_path / "packed")).tally.counts()
+
+
+@pytest.mark.parametrize("option", ["--max-gap", "--min-entropy"])
+@pytest.mark.parametrize("value", ["nan", "-0.1"])
+def test_limits_that_are_none_are_refused(option, value):
+    result = CliRunner().invoke(check, ["no shards here", option, value])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "taken.problems.jsonl").mkdir()
+    for report in ("missing/report.json", "report.txt", "taken.json"):
+        result = CliRunner().invoke(check, ["no shards here", "--report", str(tmp_path / report)])
+        assert isinstance(result.exception, DataError)
+        assert "cannot be written" in str(result.exception)
+
+
+def test_what_was_not_looked_at_is_said(clean):
+    alone = CliRunner().invoke(check, [str(clean)])
+    assert alone.exit_code == 0
+    assert "instruction keys were not looked up" in alone.output
+    assert "instruction keys were not looked up" not in run(clean).output
+    assert f"{COUNT - 5} samples were not looked at" in run(clean, "--sample", "5").output
+    assert json.loads(CliRunner().invoke(check, [str(clean), "--json"]).output)["notes"]
+    assert json.loads(run(clean, "--json").output)["notes"] == []
 
 
 def test_a_dataset_without_times_and_tokens_is_fine(tmp_path):

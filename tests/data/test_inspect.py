@@ -13,11 +13,15 @@ from click.testing import CliRunner
 from look_shards import good_samples, write_shards
 from rdt2_data.commands_look import ASSUMED_CAMERA, inspect_command
 from rdt2_data.inspection.overlay import draw_paths, fingertips_policy_m, project_path, time_colour
+from rdt2_data.inspection.summary import gallery, summarize
 from rdt2_data.inspection.svg import Curve, curves_chart, histogram_chart
+from rdt2_data.problems import SampleError
 from rdt2_data.samples import COMPOSITE_SHAPE
+from rdt2_data.shards.source import open_source
 from rdt2_data.statistics.histogram import Histograms
 
 from rdt2_jax.actions.layout import CHUNK_LENGTH
+from rdt2_jax.cli import main
 from rdt2_jax.config import load_config
 from rdt2_jax.errors import DataError
 from rdt2_jax.fisheye import WristCameraConfig
@@ -83,7 +87,9 @@ def test_the_page_is_whole_and_says_what_is_in_the_dataset(made):
     page = Page(text)
     words = " ".join(page.text)
     assert (printed["samples"], printed["shards"]) == (29, 3)
-    assert printed["problems"]["reasons"]["corrupt-npy"]["count"] == 1
+    reasons = printed["problems"]["reasons"]
+    assert {reason: entry["count"] for reason, entry in reasons.items()} == {"corrupt-npy": 1, "corrupt-jpeg": 1}
+    assert "sample 000000004, image.jpg" in reasons["corrupt-jpeg"]["examples"][0]
     for expected in ("29", "samples / 30 Hz", "Pick up the apple.", "1 of 3 instructions have no sample", "is assumed"):
         assert expected in words
     assert page.tags.count("svg") == 20 + 3 * 28  # all channels; three charts for every sample shown
@@ -139,6 +145,69 @@ def test_the_same_seed_gives_the_same_page(tmp_path):
     assert pages[0] == pages[1]
     assert shown[0] != shown[2]
     assert b"The sentences are not known" in pages[0]
+
+
+@pytest.mark.parametrize("member", ["image.jpg", "meta.json"])
+def test_strict_stops_at_a_broken_sample_also_where_only_its_image_is(member, tmp_path, capsys):
+    samples = good_samples(5)
+    samples[3][member] = samples[3][member][:20]
+    folder, out = write_shards(tmp_path / "shards", samples), tmp_path / "page.html"
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "inspect", str(folder), "--out", str(out), "--strict"])
+    assert stopped.value.code == 2
+    assert f"sample 000000003, {member}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_missing_image_is_counted_once_and_a_sample_that_cannot_be_read_not_twice(tmp_path):
+    samples = good_samples(6)
+    del samples[2]["image.jpg"]
+    source = FailingSource(open_source(write_shards(tmp_path, samples)), whole={1}, image={4})
+    summary = summarize(source, [str(tmp_path / "shard-000000.tar")], None)
+    assert source.tally.counts() == {"read-error": 1}
+    shown = gallery(source, 6, 0, CAMERAS)
+    assert [sample.problem is None for sample in shown] == [True, False, False, True, False, True]
+    assert summary.statistics.tally.counts() == {"read-error": 2, "missing-member": 1}
+
+
+class FailingSource:
+    """A source that cannot read some samples at all, and some others only without their images."""
+
+    def __init__(self, source, whole: set[int], image: set[int]) -> None:
+        self.source, self.tally, self.whole, self.image = source, source.tally, whole, image
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self.source.locate(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def read(self, indices, members=None):
+        with_image = members is None or "image.jpg" in members
+        failing = self.whole | (self.image if with_image else set())
+        read = self.source.read(indices, members)
+        return [
+            SampleError("read-error", where=f"number {i}") if i in failing else raw
+            for i, raw in zip(indices, read, strict=True)
+        ]
+
+
+def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path):
+    camera = tmp_path / "small.yaml"
+    small = CAMERA.model_dump(mode="json")
+    small["intrinsics"]["width"] = 200
+    camera.write_text(json.dumps(small))
+    for more, message in (
+        (["--out", str(tmp_path / "missing" / "page.html")], "an existing folder"),
+        (["--out", str(tmp_path / "page.txt")], "ending in .html"),
+        (["--out", str(tmp_path / "page.html"), "--camera-right", str(camera)], "not of these images"),
+    ):
+        result = CliRunner().invoke(inspect_command, ["no shards here", *more])
+        assert isinstance(result.exception, DataError)
+        assert message in str(result.exception)
 
 
 # ------------------------------------------------------------------------------------------------ overlay
@@ -211,6 +280,14 @@ def test_charts_survive_flat_data_and_hostile_titles():
     chart = curves_chart(EVIL, [flat], times_s=np.arange(1.0, 6.0), least_span=1.0)
     histograms = Histograms(1)
     histograms.update(np.full((9, 1), 0.25))
-    for text in (chart, histogram_chart(EVIL, histograms.channel(0), mean=0.25, colour="#000")):
+    charts = [chart, histogram_chart(EVIL, histograms.channel(0), mean=0.25, colour="#000")]
+    histograms.update(np.full((2, 1), 1e13))  # and values that no action has
+    charts.append(histogram_chart(EVIL, histograms.channel(0), mean=2e12, colour="#000"))
+    alone = Histograms(1)
+    alone.update(np.full((2, 1), 1e13))
+    charts.append(histogram_chart(EVIL, alone.channel(0), mean=1e13, colour="#000"))
+    for text in charts[2:]:
+        assert "2 values beyond" in text
+    for text in charts:
         assert "script" not in Page(text).tags
         assert "nan" not in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -47,6 +48,20 @@ def test_decoded_as_pillow_decodes():
     samples.decode_image(raw(sample(2)), out)
     with Image.open(io.BytesIO(jpeg(2))) as image:
         assert np.array_equal(out, np.asarray(image))
+
+
+def test_a_composite_has_its_size_with_and_without_a_place_to_decode_into():
+    found = raw(sample(2))
+    out = np.empty(samples.COMPOSITE_SHAPE, np.uint8)
+    assert np.shares_memory(samples.decode_composite(found, out), out)
+    assert np.array_equal(samples.decode_composite(found), out)
+    other = raw(sample(2) | {"image.jpg": jpeg(0, (24, 24, 3))})
+    for place in (None, out):
+        with pytest.raises(SampleError) as caught:
+            samples.decode_composite(other, place)
+        assert caught.value.reason == "wrong-image"
+        assert (caught.value.expected, caught.value.found) == (samples.COMPOSITE_SHAPE, (24, 24, 3))
+    assert samples.decode_image(other).shape == (24, 24, 3)
 
 
 def test_optional_members_may_be_absent():
@@ -147,6 +162,27 @@ def test_rotation_rule_is_that_of_the_action_space(seed, kind):
         samples.read_action(found)
 
 
+def test_rotation_errors_are_those_of_each_frame_and_arm():
+    action = chunks(64)[5].copy()
+    assert samples.rotation_errors(action).shape == (24, 2)
+    assert samples.rotation_errors(action).max() < 1e-5
+    action[7, 3:6] *= 1.5  # right arm, first column
+    action[9, 16:19] += 0.25 * action[9, 13:16]  # left arm, leaning
+    errors = samples.rotation_errors(action)
+    assert errors[7, 0] == pytest.approx(0.5, abs=1e-5)
+    assert errors[9, 1] == pytest.approx(0.25, abs=1e-5)
+    assert (errors > 1e-4).sum() == 2
+
+
+def test_a_bad_rotation_is_told_by_the_rule_of_the_action_space():
+    action = chunks(64)[0].copy()
+    action[3, 13:16] = 0
+    with pytest.raises(SampleError) as caught:
+        samples.read_action(raw(sample(0, action=action)))
+    assert "rotation of the left arm" in str(caught.value)
+    assert "index [3]" in str(caught.value)
+
+
 def test_tally_counts_and_keeps_the_first():
     tally = Tally()
     for i in range(20):
@@ -159,6 +195,19 @@ def test_tally_counts_and_keeps_the_first():
     assert "20 x corrupt-jpeg" in tally.text()
     with pytest.raises(SampleError, match="sample y"):
         Tally(strict=True).add(SampleError("missing-member", where="sample y"))
+
+
+def test_tally_is_safe_from_many_threads():
+    tally = Tally()
+    reasons = list(REASONS)
+
+    def add(number):
+        tally.add(SampleError(reasons[number % len(reasons)], where=number))
+        return tally.report()["total"], tally.text()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(800)))
+    assert tally.total == 800
 
 
 def test_problems_survive_pickling():

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import webdataset
-from rdt2_data.problems import SampleError, Tally
-from rdt2_data.shards import index as index_module
+from rdt2_data.shards import descriptors, tar_scan
+from rdt2_data.shards.descriptors import DescriptorCache
+from rdt2_data.shards.indexing import IndexNotKeptWarning
 from rdt2_data.shards.source import TarShards, find_shards, open_source
 from rdt2_data.shards.writer import ShardWriter
-from small_shards import sample, write_shards
+from small_shards import append, sample, write_shards
 
 from rdt2_jax.errors import DataError
 
@@ -34,14 +39,6 @@ def read_with_webdataset(pattern):
         samples = list(webdataset.WebDataset(pattern, shardshuffle=False))
         gc.collect()
     return samples
-
-
-def append(path, name, data):
-    """Puts one more member into an archive, as tar would."""
-    with tarfile.open(path, "a:") as archive:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
 
 
 def test_webdataset_reads_the_same_bytes(tmp_path):
@@ -90,8 +87,8 @@ def test_index_is_made_once_and_trusted_only_while_it_fits(tmp_path, monkeypatch
     folder = write_shards(tmp_path, shards=1, samples=3)
     shard = folder / "shard-000000.tar"
     scans = []
-    scan = index_module.scan_shard
-    monkeypatch.setattr("rdt2_data.shards.source.scan_shard", lambda *a: scans.append(a[1]) or scan(*a))
+    scan = tar_scan.scan_shard
+    monkeypatch.setattr("rdt2_data.shards.indexing.scan_shard", lambda *a: scans.append(a) or scan(*a))
     assert len(open_source(folder)) == 3
     assert scans == []  # the writer left an index
     os.utime(shard, ns=(1, 1))
@@ -106,7 +103,7 @@ def test_index_is_made_once_and_trusted_only_while_it_fits(tmp_path, monkeypatch
     assert len(scans) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"RDT2IDX1", b"nonsense" * 20, None])
+@pytest.mark.parametrize("damage", [b"", b"RDT2IDX2", b"nonsense" * 20, None])
 def test_damaged_index_is_made_again(tmp_path, damage):
     folder = write_shards(tmp_path, shards=1, samples=3)
     path = folder / "shard-000000.tar.idx"
@@ -135,13 +132,60 @@ def test_many_threads_and_pickling(tmp_path):
             assert dict(one.members) == dict(two.members) == sample(number % 24)
 
 
-def test_few_descriptors_for_many_shards(tmp_path):
-    folder = write_shards(tmp_path, shards=130, samples=1)
+def test_few_descriptors_for_many_shards_and_threads(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path, shards=40, samples=1)
+    cache = DescriptorCache(10)
+    monkeypatch.setattr("rdt2_data.shards.source.DESCRIPTORS", cache)
+    monkeypatch.setattr("rdt2_data.shards.storage.DESCRIPTORS", cache)
     source = open_source(folder)
     before = len(os.listdir("/proc/self/fd"))
-    for number in range(130):
-        read(source, number)
-    assert len(os.listdir("/proc/self/fd")) - before <= 64 + 32
+    with ThreadPoolExecutor(8) as pool:
+        for number, raw in enumerate(pool.map(lambda n: read(source, n % 40), range(400))):
+            assert dict(raw.members) == sample(number % 40)
+        assert len(cache) <= 10
+        assert len(os.listdir("/proc/self/fd")) - before <= 10 + 8
+    cache.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_descriptors_leave_room_for_others(tmp_path, monkeypatch):
+    allowed = 400
+    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda _: (allowed, allowed))
+    assert DescriptorCache().limit == 200
+    (tmp_path / "x").write_bytes(b"x")
+    cache = DescriptorCache()
+    cache.get(str(tmp_path / "x"), 0, lambda _: None)
+    opened = []
+
+    def refuse_once(path, flags):
+        opened.append(path)
+        if len(opened) == 1:
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(path, flags)
+
+    real = os.open
+    monkeypatch.setattr(os, "open", refuse_once)
+    assert cache.get(str(tmp_path / "x"), 1, lambda _: None).read(0, 1) == b"x"
+    assert len(cache) == 1  # what was open was given up
+
+
+def test_opening_keeps_nothing_of_samples(tmp_path):
+    write_shards(tmp_path / "one", shards=1, samples=50)
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(200):
+        for suffix in (".tar", ".tar.idx"):
+            shutil.copy2(tmp_path / f"one/shard-000000{suffix}", many / f"shard-{number:06d}{suffix}")
+    open_source(tmp_path / "one")
+    tracemalloc.start()
+    try:
+        source = open_source(many)
+        gc.collect()
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 10_000
+    assert grown < 40 * len(source)  # their places alone are 48 bytes each; an object each would be hundreds
 
 
 def test_members_asked_for_are_the_only_ones_read(tmp_path):
@@ -159,80 +203,37 @@ def test_fingerprint_is_of_the_content_not_the_place(tmp_path):
     assert open_source(one).fingerprint() != open_source(write_shards(tmp_path / "c", samples=6)).fingerprint()
 
 
-class TestDamage:
-    """Each is counted and named, the rest of the archive is read, and a strict tally stops."""
+def test_index_that_nothing_takes_is_held_in_memory(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path, shards=3, samples=3)
+    for path in folder.glob("*.idx"):
+        path.unlink()
 
-    def open(self, folder, reason, *, samples, where=""):
-        with pytest.raises(SampleError) as caught:
-            open_source(folder, tally=Tally(strict=True))
-        assert caught.value.reason == reason
-        source = open_source(folder)
-        assert source.tally.counts() == {reason: 1}
-        assert where in source.tally.text()
-        assert len(source) == samples
-        for number in range(samples):
-            assert "image.jpg" in read(source, number).members
-        return source
+    def full(path, index):
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    def shard(self, tmp_path, samples=4):
-        return write_shards(tmp_path, shards=1, samples=samples) / "shard-000000.tar"
+    monkeypatch.setattr("rdt2_data.shards.indexing.write_index", full)
+    with pytest.warns(IndexNotKeptWarning, match="3 shards") as warned:
+        opened = open_source(folder)
+    assert len(warned) == 1
+    copy = pickle.loads(pickle.dumps(opened))
+    for source_ in (opened, copy):
+        assert [dict(raw.members) for raw in source_.read(range(9))] == [sample(n) for n in range(9)]
 
-    def test_cut_inside_a_member(self, tmp_path):
-        shard = self.shard(tmp_path)
-        data = shard.read_bytes()
-        shard.write_bytes(data[: data.rindex(b"3.image.jpg") + 900])
-        self.open(tmp_path, "truncated-shard", samples=3, where="sample 3")
 
-    def test_cut_between_members(self, tmp_path):
-        shard = self.shard(tmp_path)
-        data = shard.read_bytes()
-        shard.write_bytes(data[: data.rindex(b"3.meta.json")])
-        self.open(tmp_path, "truncated-shard", samples=3, where="sample 3")
-
-    def test_no_end_mark(self, tmp_path):
-        shard = self.shard(tmp_path)
-        data = shard.read_bytes().rstrip(b"\0")
-        shard.write_bytes(data + b"\0" * (-len(data) % 512))
-        self.open(tmp_path, "truncated-shard", samples=3, where="sample 3")
-
-    def test_header_overwritten(self, tmp_path):
-        shard = self.shard(tmp_path)
-        data = bytearray(shard.read_bytes())
-        place = data.rindex(b"2.image.jpg")
-        data[place : place + 512] = b"\xff" * 512
-        shard.write_bytes(data)
-        self.open(tmp_path, "damaged-shard", samples=1, where="shard-000000.tar")
-
-    def test_no_archive(self, tmp_path):
-        (tmp_path / "shard-000000.tar").write_bytes(b"nonsense" * 300)
-        self.open(tmp_path, "damaged-shard", samples=0)
-
-    @pytest.mark.parametrize("content", ["nothing", "no-samples"])
-    def test_empty(self, tmp_path, content):
-        shard = tmp_path / "shard-000000.tar"
-        shard.write_bytes(b"" if content == "nothing" else b"\0" * 10240)
-        self.open(tmp_path, "empty-shard", samples=0)
-
-    def test_member_twice(self, tmp_path):
-        shard = self.shard(tmp_path)
-        append(shard, "3.action.npy", b"other")
-        source = self.open(tmp_path, "duplicate-key", samples=4, where="sample 3")
-        assert dict(read(source, 3).members) == sample(3)
-
-    def test_sample_twice(self, tmp_path):
-        shard = self.shard(tmp_path)
-        append(shard, "1.image.jpg", b"other")
-        append(shard, "1.action.npy", b"other")
-        source = self.open(tmp_path, "duplicate-key", samples=4, where="sample 1")
-        assert dict(read(source, 1).members) == sample(1)
-
-    def test_cut_after_it_was_indexed(self, tmp_path):
-        shard = self.shard(tmp_path)
-        source = open_source(tmp_path)
-        read(source, 0)
-        with open(shard, "r+b") as file:
-            file.truncate(1000)
-        assert read(source, 3).reason == "read-error"
+def test_problems_in_an_index_name_the_present_place(tmp_path):
+    shard = write_shards(tmp_path / "old", shards=1, samples=3) / "shard-000000.tar"
+    append(shard, "1.image.jpg", b"other")
+    open_source(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    shutil.rmtree(tmp_path / "old")
+    index = tmp_path / "new/shard-000000.tar.idx"
+    before = index.stat().st_mtime_ns
+    text = open_source(tmp_path / "new").tally.text()
+    assert index.stat().st_mtime_ns == before  # read, not made again
+    assert str(tmp_path / "new") in text
+    assert "sample 1" in text
+    assert str(tmp_path / "old") not in text
+    assert str(tmp_path).encode() not in index.read_bytes()
 
 
 def test_finding_shards(tmp_path):
@@ -244,6 +245,28 @@ def test_finding_shards(tmp_path):
         (tmp_path / "e").mkdir(exist_ok=True)
         with pytest.raises(DataError):
             open_source(nothing)
+
+
+def test_names_out_of_braces_must_exist(tmp_path):
+    write_shards(tmp_path, shards=5)
+    for number in (1, 3):
+        (tmp_path / f"shard-{number:06d}.tar").unlink()
+    with pytest.raises(DataError) as caught:
+        find_shards(f"{tmp_path}/shard-{{000000..000004}}.tar")
+    for words in ("2 missing", "shard-000001.tar", "shard-000003.tar"):
+        assert words in str(caught.value)
+    assert "shard-000002.tar" not in str(caught.value)
+
+
+def test_patterns_with_one_character_and_folders_with_brackets(tmp_path):
+    folder = write_shards(tmp_path / "run[1]", shards=3)
+    names = [str(folder / f"shard-{i:06d}.tar") for i in range(3)]
+    assert find_shards(folder) == names
+    assert find_shards(names[0]) == names[:1]
+    assert find_shards(f"{folder}/*.tar") == find_shards(f"{folder}/shard-00000?.tar") == names
+    assert find_shards(f"{folder}/shard-00000[02].tar") == [names[0], names[2]]
+    write_shards(tmp_path / "run2", shards=1)
+    assert find_shards(f"{tmp_path}/run[2-3]/*.tar") == [str(tmp_path / "run2/shard-000000.tar")]
 
 
 def test_sample_outside(tmp_path):
@@ -270,10 +293,34 @@ def test_writer_refuses(tmp_path):
     assert list(tmp_path.iterdir()) == []  # neither a half nor a temporary file
 
 
-def test_indices_made_in_several_processes(tmp_path):
+def test_indices_made_in_several_processes(tmp_path, monkeypatch):
     folder = write_shards(tmp_path, shards=34, samples=1)
     for path in folder.glob("*.idx"):
         path.unlink()
+    scans = []
+    scan = tar_scan.scan_shard
+    monkeypatch.setattr("rdt2_data.shards.indexing.scan_shard", lambda *a: scans.append(a) or scan(*a))
     source = TarShards(find_shards(folder), workers=2)
     assert len(source) == 34
     assert len(list(folder.glob("*.idx"))) == 34
+    assert len(scans) == 1  # one here, to see whether indices can be written; the others elsewhere
+
+
+def test_processes_that_end_leave_the_work_to_this_one(tmp_path, monkeypatch, capfd):
+    folder = write_shards(tmp_path, shards=34, samples=1)
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    monkeypatch.setattr("rdt2_data.shards.index_processes._PROGRAM", "import sys; sys.stdin.readline(); 1 / 0")
+    assert len(TarShards(find_shards(folder), workers=2)) == 34
+    assert "ZeroDivisionError" in capfd.readouterr().err  # says why it was slow
+
+
+def test_a_plain_script_opens_many_shards(tmp_path):
+    folder = write_shards(tmp_path / "shards", shards=34, samples=1)
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    script = tmp_path / "script.py"
+    lines = ["from rdt2_data.shards.source import open_source", f"print(len(open_source({str(folder)!r}, workers=2)))"]
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("34\n", "", 0)

@@ -16,7 +16,7 @@ from rdt2_data.samples import Turn, action_members, question_members
 from rdt2_data.scan import in_order
 from rdt2_data.shards.source import open_source
 from rdt2_data.statistics.collect import ChannelStatistics, collect_statistics
-from rdt2_data.statistics.histogram import Histograms
+from rdt2_data.statistics.histogram import LARGEST, Histograms
 from rdt2_data.statistics.moments import Moments
 from rdt2_data.statistics.normalizers import fit_normalizer
 from rdt2_data.statistics.quantiles import QuantileSketch
@@ -24,6 +24,7 @@ from rdt2_data.synthetic import smooth_chunks
 
 from rdt2_jax.actions.layout import GROUP_CHANNELS
 from rdt2_jax.actions.normalizer import LinearNormalizer
+from rdt2_jax.cli import main
 from rdt2_jax.errors import DataError
 
 ROTATION = list(GROUP_CHANNELS["rot"])
@@ -174,6 +175,25 @@ def test_histograms_count_exactly_in_whatever_order_values_come(seed, exponents)
     assert bins.counts[-1] > 0
 
 
+def test_values_no_action_has_are_counted_and_leave_the_histogram_as_it_is():
+    usual = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
+    wild = np.array([[1e13], [-1e13], [3e38], [LARGEST]], np.float32)
+    plain, both, late = Histograms(1), Histograms(1), Histograms(1)
+    plain.update(usual)
+    both.update(np.concatenate([usual, wild]))
+    late.update(wild)
+    assert late.channel(0).counts.size == 0
+    late.update(usual)
+    for histograms in (both, late):
+        bins = histograms.channel(0)
+        assert bins.out_of_range == 4
+        np.testing.assert_array_equal(bins.counts, plain.channel(0).counts)
+        np.testing.assert_array_equal(bins.edges, plain.channel(0).edges)
+    nearly = Histograms(1)
+    nearly.update(np.full((3, 1), np.nextafter(np.float32(LARGEST), np.float32(0))))
+    assert (nearly.channel(0).counts.tolist(), nearly.channel(0).out_of_range) == ([3], 0)
+
+
 # ------------------------------------------------------------------------------------------------ normalizers
 
 
@@ -290,6 +310,53 @@ def test_the_command_says_in_words_what_lies_outside(damaged, tmp_path):
     assert "1 x not-finite" in result.output
     wrong = CliRunner().invoke(stats, [str(damaged), "--out", str(tmp_path / "n.pt")])
     assert isinstance(wrong.exception, DataError)
+
+
+def test_a_channel_far_off_is_reported_and_drawn(tmp_path):
+    samples = good_samples(3)
+    chunks = smooth_chunks(3, 0)
+    chunks[:, :, 0] += 1e13  # every value
+    chunks[1, 2, 11] = -2e12  # one value
+    for members, chunk in zip(samples, chunks, strict=True):
+        members.update(action_members(image_jpeg=members["image.jpg"], action=chunk, instruction_key=0))
+    report, plot = tmp_path / "r.json", tmp_path / "p.png"
+    arguments = [str(write_shards(tmp_path / "shards", samples)), "--out", str(tmp_path / "n.npz")]
+    result = CliRunner().invoke(stats, [*arguments, "--report", str(report), "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    beyond = [row["beyond_histogram"] for row in json.loads(report.read_text())["channels"]]
+    assert beyond == [3 * 24, *[0] * 10, 1, *[0] * 8]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--out", "{0}/missing/n.npz"), "an existing folder"),
+        (("--out", "{0}/n.pt"), "ending in .npz or .json"),
+        (("--out", "{0}/folder.npz"), "a folder"),
+        (("--report", "{0}/missing/r.json"), "an existing folder"),
+        (("--report", "{0}/n.json"), "would replace"),
+        (("--plot", "{0}/missing/p.png"), "an existing folder"),
+        (("--quantiles", "0.9", "0.1"), "0 <= low < high <= 1"),
+        (("--quantiles", "nan", "0.9"), "0 <= low < high <= 1"),
+        (("--kind", "gaussian", "--quantiles", "0.1", "0.9"), "quantiles are limits"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(more, message, tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    arguments = ["no shards here", "--out", str(tmp_path / "n.json"), *(part.format(tmp_path) for part in more)]
+    result = CliRunner().invoke(stats, arguments)
+    assert isinstance(result.exception, DataError)
+    assert message in str(result.exception)
+
+
+def test_strict_stops_the_command_at_the_first_problem(damaged, tmp_path, capsys):
+    out = tmp_path / "n.npz"
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "stats", str(damaged), "--out", str(out), "--strict"])
+    assert stopped.value.code == 2
+    assert "sample 000000040, action.npy" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_dataset_without_a_usable_chunk_says_why(tmp_path):

@@ -107,6 +107,13 @@ def test_without_a_file_a_window_opens(shards, monkeypatch):
     assert len(opened) == 1
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    for name in ("missing/a.rrd", "a.rrd.txt"):
+        result = CliRunner().invoke(view, ["no shards here", "--save", str(tmp_path / name)])
+        assert isinstance(result.exception, DataError)
+        assert "cannot be written" in str(result.exception)
+
+
 def test_what_is_not_shown_is_said(shards, tmp_path):
     shown = view_shards([str(shards)], save=tmp_path / "a.rrd", start=5, limit=3)
     assert shown["counts"]["samples"] == 3

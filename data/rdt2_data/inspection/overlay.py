@@ -15,6 +15,7 @@ import numpy as np
 from rdt2_jax.actions.chunks import PolicyFrames, chunk_to_poses
 from rdt2_jax.actions.layout import ARM_NAMES, ArmName
 from rdt2_jax.actions.poses import invert, transform_points
+from rdt2_jax.actions.types import IMAGE_SHAPE
 from rdt2_jax.errors import DataError
 from rdt2_jax.fisheye import WristCameraConfig
 
@@ -78,13 +79,22 @@ def project_path(action: np.ndarray, arm: ArmName, camera: WristCameraConfig) ->
     return ProjectedPath(middle, jaws, visible, np.all(jaws_visible, axis=-1))
 
 
+def require_cameras(cameras: Mapping[str, WristCameraConfig]) -> None:
+    """Raises DataError unless the camera of each wrist has the size of a wrist image."""
+    for name in CAMERA_OF_ARM.values():
+        size = (cameras[name].intrinsics.height, cameras[name].intrinsics.width)
+        if size != IMAGE_SHAPE[:2]:
+            expected, found = f"rows and columns {IMAGE_SHAPE[:2]}", str(size)
+            raise DataError("a camera is not of these images", where=name, expected=expected, found=found)
+
+
 def draw_paths(
     image: np.ndarray, action: np.ndarray, cameras: Mapping[str, WristCameraConfig]
 ) -> tuple[np.ndarray, dict[ArmName, int]]:
     """Draws the paths of both arms into a composite.
 
     Args:
-        image: uint8 RGB, left wrist | right wrist.
+        image: uint8 (384, 768, 3), RGB, left wrist | right wrist.
         action: (24, 20).
         cameras: by name, of the size of half the image.
 
@@ -92,17 +102,14 @@ def draw_paths(
         the picture, like `image`; and per arm how many of the 24 frames lie inside it.
 
     Raises:
-        DataError: a camera of another image size.
+        DataError: see `require_cameras`.
     """
+    require_cameras(cameras)
     halves: list[np.ndarray] = []
     seen: dict[ArmName, int] = {}
     by_camera: dict[str, ArmName] = {CAMERA_OF_ARM[arm]: arm for arm in ARM_NAMES}
     for name, half in zip(("left_wrist", "right_wrist"), np.split(image, 2, axis=1), strict=True):
         camera, arm = cameras[name], by_camera[name]
-        size = (camera.intrinsics.height, camera.intrinsics.width)
-        if half.shape[:2] != size:
-            expected, found = f"rows and columns {half.shape[:2]}", str(size)
-            raise DataError("a camera is not of these images", where=name, expected=expected, found=found)
         path = project_path(action, arm, camera)
         seen[arm] = int(path.visible[1:].sum())
         halves.append(_draw(half, path))

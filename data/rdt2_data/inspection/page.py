@@ -123,7 +123,8 @@ def _overview(summary: DatasetSummary) -> str:
 
 def _problems(summary: DatasetSummary) -> str:
     report = summary.statistics.tally.report()
-    note = "Images are not decoded for this page, but for the gallery: rdt2 data check looks at every one."
+    note = "Keys of instructions were not looked up. " if summary.instructions is None else ""
+    note += "Images are not decoded for this page, but for the gallery: rdt2 data check looks at every one."
     if not report["total"]:
         return f'<h2>Problems</h2><p class="good">None found.</p><p class="note">{note}</p>'
     rows = []

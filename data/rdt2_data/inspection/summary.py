@@ -14,22 +14,20 @@ from rdt2_data.problems import SampleError
 from rdt2_data.samples import (
     ACTION,
     ACTION_TOKEN,
-    COMPOSITE_SHAPE,
     CONVERSATION,
-    IMAGE,
     INSTRUCTION_KEY,
     META,
     RawSample,
-    decode_image,
+    decode_composite,
     read_action,
     read_action_token,
     read_meta,
 )
-from rdt2_data.scan import scan_samples
 from rdt2_data.shards.source import SampleSource
 from rdt2_data.shards.storage import storage_for
-from rdt2_data.statistics.collect import ChannelStatistics, DatasetStatistics
+from rdt2_data.statistics.collect import DatasetStatistics, Look, Seen, collect, see_action
 from rdt2_jax.actions.layout import ArmName
+from rdt2_jax.errors import DataError
 from rdt2_jax.fisheye import WristCameraConfig
 
 JPEG_QUALITY = 88
@@ -83,13 +81,10 @@ class GallerySample:
     token: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class _Seen:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen(Seen):
     """One sample, as far as the summary goes."""
 
-    problems: list[SampleError]
-    action: np.ndarray | None = None
-    is_question: bool = False
     instruction_key: str | None = None
     has_token: bool = False
 
@@ -114,30 +109,26 @@ def summarize(
     Raises:
         SampleError: the first problem, when the tally is strict.
     """
-    channels, counts = ChannelStatistics(), Counter[str]()
-    samples = questions = with_tokens = 0
+    counts, with_tokens = Counter[str](), 0
 
-    def look(_: int, raw: RawSample | SampleError) -> _Seen:
-        return _look(raw, instructions)
+    def take(seen: _Seen) -> None:
+        nonlocal with_tokens
+        with_tokens += seen.has_token
+        if seen.instruction_key is not None:
+            counts[seen.instruction_key] += 1
 
-    for batch in scan_samples(source, look, members=_MEMBERS, workers=workers):
-        for seen in batch:
-            for problem in seen.problems:
-                source.tally.add(problem)
-            questions += seen.is_question
-            with_tokens += seen.has_token
-            if seen.instruction_key is not None:
-                counts[seen.instruction_key] += 1
-        chunks = [seen.action for seen in batch if seen.action is not None]
-        samples += len(chunks)
-        if chunks:
-            channels.update(np.concatenate(chunks))
-        if progress is not None:
-            progress(len(batch))
-    storage = storage_for(shards[0])
-    total_bytes = sum(storage.stamp(shard).size for shard in shards)
-    statistics = DatasetStatistics(samples, questions, channels, source.tally)
+    look = Look(lambda raw: _see(raw, instructions), _MEMBERS, take)
+    statistics = collect(source, look, workers=workers, progress=progress)
+    total_bytes = sum(map(_size, shards))
     return DatasetSummary(len(shards), total_bytes, statistics, dict(counts.most_common()), with_tokens, instructions)
+
+
+def _size(shard: str) -> int:
+    """Bytes of an archive; none of one that cannot be opened, which the source has counted."""
+    try:
+        return storage_for(shard).stamp(shard).size
+    except DataError:
+        return 0
 
 
 def gallery(
@@ -146,33 +137,29 @@ def gallery(
     """Some samples, drawn without replacement and shown in the order of the dataset.
 
     Args:
-        source: the dataset.
+        source: the dataset; its tally takes what is wrong with the images shown. What else is wrong with a sample has
+            been counted by `summarize`.
         count: how many; all, where there are fewer.
         seed: of the draw.
         cameras: by name, for the paths.
 
     Raises:
         DataError: a camera of another image size.
+        SampleError: the first image that cannot be shown, when the tally is strict.
     """
     size = min(count, len(source))
     chosen = np.sort(np.random.default_rng(seed).choice(len(source), size, replace=False)) if size else []
     indices = [int(index) for index in chosen]
     results = zip(indices, source.read(indices), strict=True)
-    return [_show(index, raw, cameras) for index, raw in results]
+    return [_show(index, raw, cameras, source) for index, raw in results]
 
 
-def _look(raw: RawSample | SampleError, instructions: Instructions | None) -> _Seen:
-    if isinstance(raw, SampleError):
-        return _Seen([raw])
-    if raw.is_question:
-        return _Seen([], is_question=True)
-    problems: list[SampleError] = []
-    action = key = None
-    has_token = False
-    try:
-        action = read_action(raw)
-    except SampleError as problem:
-        problems.append(problem)
+def _see(raw: RawSample | SampleError, instructions: Instructions | None) -> _Seen:
+    seen = see_action(raw)
+    problems = list(seen.problems)
+    if isinstance(raw, SampleError) or raw.is_question:
+        return _Seen(problems=problems, is_question=seen.is_question)
+    key, has_token = None, False
     try:
         has_token = read_action_token(raw) is not None
     except SampleError as problem:
@@ -183,22 +170,29 @@ def _look(raw: RawSample | SampleError, instructions: Instructions | None) -> _S
             instructions.text(key, raw.where)
     except SampleError as problem:
         problems.append(problem)
-    return _Seen(problems, action, False, key, has_token)
+    return _Seen(problems=problems, action=seen.action, instruction_key=key, has_token=has_token)
 
 
-def _show(index: int, raw: RawSample | SampleError, cameras: Mapping[str, WristCameraConfig]) -> GallerySample:
+def _show(
+    index: int, raw: RawSample | SampleError, cameras: Mapping[str, WristCameraConfig], source: SampleSource
+) -> GallerySample:
     import simplejpeg
 
     if isinstance(raw, SampleError):
+        # the whole sample cannot be read: either the pass has met and counted that, or it lies in the image alone
+        (rest,) = source.read([index], _MEMBERS)
+        if not isinstance(rest, SampleError):
+            source.tally.add(raw)
         return GallerySample(index, str(raw.where), problem=raw.line())
     if raw.is_question:
         return GallerySample(index, raw.where, problem="a question: an image with a conversation, not a chunk")
     try:
-        key, image = read_meta(raw)[INSTRUCTION_KEY], decode_image(raw)
-        action, token = read_action(raw), read_action_token(raw)
-        if image.shape != COMPOSITE_SHAPE:
-            where = f"{raw.where}, {IMAGE}"
-            raise SampleError("wrong-image", where=where, expected=COMPOSITE_SHAPE, found=image.shape)
+        image = decode_composite(raw)
+    except SampleError as problem:
+        source.tally.add(problem)
+        return GallerySample(index, raw.where, problem=problem.line())
+    try:
+        key, action, token = read_meta(raw)[INSTRUCTION_KEY], read_action(raw), read_action_token(raw)
     except SampleError as problem:
         return GallerySample(index, raw.where, problem=problem.line())
     picture, seen = draw_paths(image, action, cameras)

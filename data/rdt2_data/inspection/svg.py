@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rdt2_data.statistics.histogram import Bins
+from rdt2_data.statistics.histogram import LARGEST, Bins
 
 WIDTH, HEIGHT = 250, 120
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 6, 18, 16
@@ -67,10 +67,13 @@ def histogram_chart(title: str, bins: Bins, *, mean: float, colour: str) -> str:
 
     Args:
         title: of the channel.
-        bins: at least one value.
+        bins: at least one value, in a bin or out of range.
         mean: marked by a line.
         colour: of the bars.
     """
+    beyond = f"{bins.out_of_range} values beyond ±{LARGEST:.1e}"
+    if not bins.counts.size:
+        return _svg(_frame(title) + _label(_LEFT + 4, HEIGHT / 2, beyond), f"{title}: {beyond}")
     counts, edges = bins.counts, bins.edges
     low, high = float(edges[0]), float(edges[-1])
     heights = np.log1p(counts) / np.log1p(counts.max())
@@ -80,7 +83,7 @@ def histogram_chart(title: str, bins: Bins, *, mean: float, colour: str) -> str:
         y = floor - height * (floor - _TOP)
         steps.append(f"L{_x(left, low, high):.1f},{y:.1f}H{_x(right, low, high):.1f}")
     steps.append(f"V{floor}Z")
-    x = _x(mean, low, high)
+    x = _x(min(max(mean, low), high), low, high)  # values out of range may draw the mean out of the chart
     text = f"{int(counts.sum())} values, most in a bin {int(counts.max())}, mean {mean:.5g}"
     parts = [
         _frame(title),
@@ -89,6 +92,9 @@ def histogram_chart(title: str, bins: Bins, *, mean: float, colour: str) -> str:
         _label(_LEFT, HEIGHT - 4, _number(low)),
         _label(WIDTH - _RIGHT, HEIGHT - 4, _number(high), "end"),
     ]
+    if bins.out_of_range:
+        parts.append(_label(WIDTH - _RIGHT, _TOP + 10, beyond, "end"))
+        text += f", {beyond}"
     return _svg("".join(parts), f"{title}: {text}")
 
 

@@ -16,6 +16,7 @@ from rdt2_data.samples import (
     TOKENS_PER_CHUNK,
     RawSample,
     Turn,
+    decode_composite,
     decode_image,
     read_action,
     read_action_token,
@@ -109,7 +110,7 @@ class BatchBuilder:
             arrays["has_tokens"][row] = token is not None
             arrays["state"][row] = 0 if state is None else state
             arrays["is_action"][row] = True
-            decode_image(raw, arrays["image"][row])
+            decode_composite(raw, arrays["image"][row])
         if self._corrupt is not None:
             arrays["image"][row] = self._corrupt(arrays["image"][row], key)
         arrays["key"][row] = key

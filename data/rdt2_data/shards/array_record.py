@@ -15,6 +15,7 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +24,30 @@ import numpy as np
 
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import RawSample
+from rdt2_data.shards.index import Stamp
 from rdt2_data.shards.numbering import ARRAY_RECORD_SUFFIX, fingerprint, locate
-from rdt2_data.shards.storage import is_url
-from rdt2_data.shards.writer import TEMPORARY_SUFFIX, write_member
+from rdt2_data.shards.storage import is_url, local_stamp, shard_changed
+from rdt2_data.shards.writer import TEMPORARY_SUFFIX, require_sample, write_member
 from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import publish_file
 
 _OPEN_FILES = 64
+
+# The file format: a signature at the start, and a last block of 64 KiB near whose start a magic number lies, as a
+# variable-length integer of protocol buffers. Source: array_record's cpp/layout.proto and Riegeli's records format.
+_SIGNATURE = bytes.fromhex("83af70d10d884a3f")
+_BLOCK_BYTES = 64 * 1024
+_END_MAGIC = bytes.fromhex("dec0ebfe84cec3c971")
+_END_SEARCHED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """Path, state when it was opened, and number of records."""
+
+    path: str
+    stamp: Stamp
+    count: int
 
 
 def pack_record(key: str, members: Mapping[str, bytes]) -> bytes:
@@ -86,9 +104,7 @@ class ArrayRecordWriter:
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Appends one sample; see `ShardWriter.add`."""
-        if key in self._keys or not members:
-            expected = "a key once in a file, and members"
-            raise DataError("a sample cannot be written", where=self.path, expected=expected, found=repr(key))
+        require_sample(self.path, self._keys, key, members)
         self._keys.add(key)
         self._writer.write(pack_record(key, members))
 
@@ -110,25 +126,28 @@ class ArrayRecordShards:
         files: paths on this machine.
         tally: takes the problems; a strict one raises the first.
 
+    Files must stay as they are while a source is open, see `TarShards`.
+
     Raises:
-        DataError: no files, a file elsewhere.
-        SampleError: a damaged file, when the tally is strict.
+        DataError: a file elsewhere.
+        SampleError: a file that is damaged or cannot be opened, when the tally is strict.
     """
 
     def __init__(self, files: Sequence[str], *, tally: Tally | None = None) -> None:
         self.tally = tally or Tally()
-        self._files: list[tuple[str, int]] = []
+        self._files: list[_File] = []
         self._reset()
         for file in files:
             if is_url(file):
                 fix = "copy the files, or use tar shards, which are read from object stores"
                 raise DataError("ArrayRecord files are read from this machine's disks", where=file, fix=fix)
             try:
-                self._files.append((file, _open(file).num_records()))
+                stamp = local_stamp(file)
+                self._files.append(_File(file, stamp, _open(file, stamp).num_records()))
             except SampleError as problem:
                 self.tally.add(problem)
-                self._files.append((file, 0))
-        self._starts = np.concatenate([[0], np.cumsum([count for _, count in self._files])]).astype(np.int64)
+                self._files.append(_File(file, Stamp(0, ""), 0))
+        self._starts = np.concatenate([[0], np.cumsum([file.count for file in self._files])]).astype(np.int64)
 
     def _reset(self) -> None:
         self._readers: OrderedDict[str, Any] = OrderedDict()
@@ -150,33 +169,51 @@ class ArrayRecordShards:
 
     def locate(self, index: int) -> tuple[str, int]:
         """See `SampleSource`."""
-        file, row = locate(self._starts, index, repr(self))
-        return self._files[file][0], row
+        number, row = locate(self._starts, index, repr(self))
+        return self._files[number].path, row
 
     def fingerprint(self) -> str:
         """See `SampleSource`."""
-        return fingerprint([(Path(file).name, os.stat(file).st_size, count) for file, count in self._files])
+        return fingerprint([(Path(file.path).name, file.stamp.size, file.count) for file in self._files])
+
+    def state(self) -> str:
+        """See `SampleSource`."""
+        return fingerprint([(Path(file.path).name, file.stamp.size, file.stamp.version) for file in self._files])
 
     def read(self, indices: Sequence[int], members: Sequence[str] | None = None) -> list[RawSample | SampleError]:
-        """See `SampleSource`. A record is read as a whole, whatever `members` says."""
-        raws = [self._read(*self.locate(index)) for index in indices]
+        """See `SampleSource`. A record is read as a whole, whatever `members` says.
+
+        Raises:
+            DataError: an index outside [0, len), or a file that is no longer the one that was opened.
+        """
+        places = [locate(self._starts, index, repr(self)) for index in indices]
+        raws = [self._read(self._files[number], row) for number, row in places]
         return raws if members is None else [_only(raw, members) for raw in raws]
 
-    def _read(self, file: str, row: int) -> RawSample | SampleError:
+    def _read(self, file: _File, row: int) -> RawSample | SampleError:
         try:
-            with self._lock:
-                reader = self._readers.get(file)
-                if reader is None:
-                    reader = self._readers[file] = _open(file)
-                    if len(self._readers) > _OPEN_FILES:
-                        self._readers.popitem(last=False)
-                self._readers.move_to_end(file)
-            return unpack_record(reader.read([row])[0], file, row)
+            return unpack_record(self._reader(file).read([row])[0], file.path, row)
         except SampleError as problem:
             return problem
         except (ValueError, IndexError, RuntimeError) as error:
             found = f"{type(error).__name__}: {error}"
-            return SampleError("read-error", where=f"{file}, record {row}", found=found)
+            return SampleError("read-error", where=f"{file.path}, record {row}", found=found)
+
+    def _reader(self, file: _File) -> Any:
+        with self._lock:
+            reader = self._readers.get(file.path)
+            if reader is not None:
+                self._readers.move_to_end(file.path)
+                return reader
+        found = local_stamp(file.path)
+        if found != file.stamp:
+            raise shard_changed(file.path, file.stamp, found)
+        reader = _open(file.path, file.stamp)
+        with self._lock:
+            self._readers[file.path] = reader
+            if len(self._readers) > _OPEN_FILES:
+                self._readers.popitem(last=False)
+        return reader
 
 
 def _only(raw: RawSample | SampleError, members: Sequence[str]) -> RawSample | SampleError:
@@ -191,15 +228,30 @@ def _library() -> Any:
     return array_record_module
 
 
-def _open(file: str) -> Any:
-    size = os.stat(file).st_size if Path(file).is_file() else -1
-    if size < 0:
-        raise DataError("there is no such file of records", where=file)
+def _open(path: str, stamp: Stamp) -> Any:
     try:
-        reader = _library().ArrayRecordReader(file, "readahead_buffer_size:0")
+        reader = _library().ArrayRecordReader(path, "readahead_buffer_size:0")
         count = reader.num_records()
     except (ValueError, RuntimeError) as error:
-        raise SampleError("damaged-shard", where=file, expected="an ArrayRecord file", found=str(error)) from error
+        raise SampleError("damaged-shard", where=path, expected="an ArrayRecord file", found=str(error)) from error
     if not count:
-        raise SampleError("empty-shard", where=file, found=f"{size} bytes")
+        raise _without_records(path, stamp)
     return reader
+
+
+def _without_records(path: str, stamp: Stamp) -> SampleError:
+    """Why the library finds no record: it says so of empty files, of cut ones, and of any other file, alike."""
+    try:
+        with open(path, "rb") as stream:
+            begin = stream.read(len(_SIGNATURE))
+            stream.seek(max(0, stamp.size - _BLOCK_BYTES))
+            end = stream.read(len(_END_MAGIC) + _END_SEARCHED)
+    except OSError as error:
+        return SampleError("read-error", where=path, found=f"{type(error).__name__}: {error}")
+    found = f"{stamp.size} bytes"
+    if stamp.size % _BLOCK_BYTES == 0 and (_END_MAGIC in end or not stamp.size):
+        return SampleError("empty-shard", where=path, found=found)
+    if begin and _SIGNATURE.startswith(begin):
+        expected = "the block that ends an ArrayRecord file"
+        return SampleError("truncated-shard", where=path, expected=expected, found=found, fix="copy the file again")
+    return SampleError("damaged-shard", where=path, expected="an ArrayRecord file", found=found)

@@ -29,7 +29,8 @@ def pack_command(
 ) -> None:
     """Write the samples of SOURCE (folders, files, patterns) into shards in FOLDER.
 
-    Changes the container, the size of the shards, or the order of the samples. Run again, it makes what is missing.
+    Changes the container, the size of the shards, or the order of the samples. Keys become numbers; the members stay
+    byte for byte. Run again, it makes what is missing.
     """
     from rdt2_data.shards.pack import PackOptions, pack
 

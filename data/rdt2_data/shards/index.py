@@ -1,4 +1,4 @@
-"""Where every member of a tar shard lies: scanned once, kept in a small file, read by memory map.
+"""Where every member of a tar shard lies: found once by `tar_scan`, kept in a small file, read a sample at a time.
 
 The index of `x.tar` is `x.tar.idx`, beside it where the folder can be written to, otherwise in a folder of this host.
 It is trusted only while size and modification time of the archive are those it was made from. Twelve bytes a member:
@@ -14,31 +14,31 @@ import hashlib
 import json
 import os
 import struct
-import tarfile
-from collections import Counter
+import sys
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from rdt2_data.problems import SampleError
+from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import atomic_write
 
 INDEX_SUFFIX = ".idx"
-TAR_BLOCK = 512
-MAX_EXTENSIONS = 16
-MAX_MEMBER_BYTES = 2**32 - 1
+TAIL_BYTES = 64 * 1024
+"""End of an archive whose checksum binds a copied index to a copied archive."""
 
-_MAGIC = b"RDT2IDX1"
+_MAGIC = b"RDT2IDX2"
 _HEADER_LENGTH = struct.Struct("<I")
 _ALIGNMENT = 16
 _RECORD_NUMBERS = struct.Struct("<QI")
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4")])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stamp:
     """What tells one state of an archive from another.
 
@@ -51,32 +51,78 @@ class Stamp:
     version: str
 
 
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """The members of one archive.
+@dataclass(frozen=True)
+class ShardProblem:
+    """What is wrong with an archive, without the place where the archive lies: an index may be copied with it.
+
+    Attributes:
+        reason, what, expected, found, fix: see `SampleError`.
+        key: of the sample, or None for the archive as a whole.
+    """
+
+    reason: str
+    key: str | None = None
+    what: str | None = None
+    expected: str | None = None
+    found: str | None = None
+    fix: str | None = None
+
+    def error(self, shard: str) -> SampleError:
+        """The problem of the archive at this path."""
+        where = shard if self.key is None else f"{shard}, sample {self.key}"
+        return SampleError(
+            self.reason, where=where, what=self.what, expected=self.expected, found=self.found, fix=self.fix
+        )
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What an index says before its records.
 
     Attributes:
         extensions: of the members, in the order in which they were first met.
-        records: `RECORD` (N, len(extensions)); memory-mapped when read from a file.
-        problems: what was wrong with the archive; samples that cannot be told apart or are cut off are not in
-            `records`.
+        count: samples.
         stamp: of the archive when it was scanned.
+        tail: CRC-32 of the last `TAIL_BYTES` of the archive.
+        problems: what was wrong with the archive; samples that cannot be told apart or are cut off have no record.
     """
 
     extensions: tuple[str, ...]
-    records: np.ndarray
-    problems: tuple[SampleError, ...]
+    count: int
     stamp: Stamp
+    tail: int
+    problems: tuple[ShardProblem, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of the record of one sample."""
+        return RECORD.itemsize * len(self.extensions)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The members of one archive: a header, and `RECORD` (count, len(extensions)) as bytes, row after row."""
+
+    header: IndexHeader
+    records: bytes
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.header.count
 
-    def members(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Extension -> first byte and end of that member in the archive."""
-        record = self.records[sample]
-        numbers = _RECORD_NUMBERS.iter_unpack(record.tobytes())
-        places = zip(self.extensions, numbers, strict=True)
-        return {extension: (offset, offset + size) for extension, (offset, size) in places if size}
+
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """A valid index on this machine's disk.
+
+    Attributes:
+        path: of the index.
+        start: where its records begin.
+        check: CRC-32 of everything before them, by which the file is known again.
+    """
+
+    path: str
+    start: int
+    check: int
 
 
 def index_path(shard: str, folder: Path | None = None) -> Path:
@@ -88,167 +134,109 @@ def index_path(shard: str, folder: Path | None = None) -> Path:
     return folder / f"{Path(shard).name}.{digest}{INDEX_SUFFIX}"
 
 
-# ----------------------------------------------------------------------------------------------- scanning
+def member_places(extensions: Sequence[str], record: bytes) -> dict[str, tuple[int, int]]:
+    """Extension -> first byte and end of that member in the archive, from the record of one sample."""
+    places = zip(extensions, _RECORD_NUMBERS.iter_unpack(record), strict=True)
+    return {extension: (offset, offset + size) for extension, (offset, size) in places if size}
 
 
-def scan_shard(stream: BinaryIO, shard: str, stamp: Stamp) -> ShardIndex:
-    """Reads the headers of an archive from first to last.
-
-    Members whose names agree up to the first dot of the file name make one sample, as in the webdataset library. A
-    sample that appears twice counts once. The last sample of an archive that is cut off is left out.
-
-    Args:
-        stream: the archive, seekable.
-        shard: its name, for messages.
-        stamp: its state, kept in the index.
-    """
-    scan = _Scan(shard)
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            try:
-                for member in archive:
-                    if member.isfile():
-                        scan.add(member)
-            except (tarfile.TarError, EOFError) as error:
-                scan.cut_off(str(error))
-            else:
-                scan.check_end(stream, archive.offset, stamp)
-    except (tarfile.TarError, EOFError) as error:
-        reason = "empty-shard" if stamp.size == 0 else "damaged-shard"
-        scan.report(reason, expected="a tar archive", found=f"{stamp.size} bytes: {error}")
-    if not scan.groups and not scan.problems:
-        scan.report("empty-shard", expected="at least one sample")
-    samples = [members for members in scan.groups.values() if members]
-    return ShardIndex(*_table(samples, shard), tuple(scan.problems), stamp)
-
-
-class _Scan:
-    """Members of one archive, grouped into samples as they come."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard = shard
-        self.groups: dict[str, dict[str, tuple[int, int]]] = {}  # key -> extension -> offset, size
-        self.problems: list[SampleError] = []
-        self._current: str | None = None
-        self._repeated = False
-
-    def add(self, member: tarfile.TarInfo) -> None:
-        folder, _, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if not dot or not stem:
-            return  # no member of a sample: the webdataset library passes such files over, too
-        key = f"{folder}/{stem}" if folder else stem
-        if key != self._current:
-            self._current, self._repeated = key, key in self.groups
-            if self._repeated:
-                self.report("duplicate-key", key, found="the sample comes again; the first is kept")
-            else:
-                self.groups[key] = {}
-        if self._repeated:
-            return
-        if extension in self.groups[key]:
-            self.report("duplicate-key", key, found=f"{extension} comes twice; the first is kept")
-        elif not 0 < member.size <= MAX_MEMBER_BYTES:
-            self.report("damaged-shard", key, found=f"{extension} has {member.size} bytes")
-        else:
-            self.groups[key][extension] = (member.offset_data, member.size)
-
-    def check_end(self, stream: BinaryIO, offset: int, stamp: Stamp) -> None:
-        """An archive ends with blocks of zeros; what ends otherwise was cut off between two members, or damaged."""
-        stream.seek(offset)
-        block = stream.read(TAR_BLOCK)
-        if len(block) < TAR_BLOCK:
-            self.cut_off("no end mark")
-        elif any(block):
-            self._drop_last()
-            expected, found = "a header or the end mark", f"neither at byte {offset} of {stamp.size}"
-            self.report("damaged-shard", expected=expected, found=found)
-
-    def cut_off(self, found: str) -> None:
-        """The last sample goes, because nobody knows whether it is whole."""
-        self.report("truncated-shard", self._drop_last(), found=found, fix="copy the archive again")
-
-    def report(self, reason: str, key: str | None = None, **details: str) -> None:
-        where = self.shard if key is None else f"{self.shard}, sample {key}"
-        self.problems.append(SampleError(reason, where=where, **details))  # type: ignore[arg-type]
-
-    def _drop_last(self) -> str | None:
-        if self._current is not None and not self._repeated:
-            self.groups.pop(self._current, None)
-        return self._current
-
-
-def _table(groups: Sequence[Mapping[str, tuple[int, int]]], shard: str) -> tuple[tuple[str, ...], np.ndarray]:
-    extensions = tuple(dict.fromkeys(extension for group in groups for extension in group))
-    if len(extensions) > MAX_EXTENSIONS:
-        common = Counter(extension for group in groups for extension in group)
-        found = f"{len(extensions)}: {', '.join(name for name, _ in common.most_common(20))} ..."
-        expected = f"at most {MAX_EXTENSIONS} kinds of members"
-        raise SampleError("damaged-shard", where=shard, what="no shard of samples", expected=expected, found=found)
-    records = np.zeros((len(groups), len(extensions)), RECORD)
-    column = {extension: position for position, extension in enumerate(extensions)}
-    for row, group in enumerate(groups):
-        for extension, place in group.items():
-            records[row, column[extension]] = place
-    return extensions, records
+def tail_checksum(stream: BinaryIO, size: int) -> int:
+    """CRC-32 of the last `TAIL_BYTES` of a stream of `size` bytes."""
+    stream.seek(max(0, size - TAIL_BYTES))
+    return zlib.crc32(stream.read(TAIL_BYTES))
 
 
 # -------------------------------------------------------------------------------------------- index files
 
 
-def write_index(path: Path, index: ShardIndex) -> None:
+def write_index(path: Path, index: ShardIndex) -> IndexFile:
     """Writes an index under a temporary name and renames it."""
-    header = {
-        "extensions": list(index.extensions),
-        "count": len(index),
-        "size": index.stamp.size,
-        "version": index.stamp.version,
+    start = encode_header(index.header)
+    with atomic_write(path) as file:
+        file.write(start + index.records)
+    return IndexFile(str(path), len(start), zlib.crc32(start))
+
+
+def encode_header(header: IndexHeader) -> bytes:
+    """Everything before the records."""
+    document = {
+        "extensions": list(header.extensions),
+        "count": header.count,
+        "size": header.stamp.size,
+        "version": header.stamp.version,
+        "tail": header.tail,
         "problems": [
-            {
-                "reason": problem.reason,
-                "where": str(problem.where),
-                **{key: str(value) for key in ("what", "expected", "found") if (value := getattr(problem, key))},
-            }
-            for problem in index.problems
+            {name: value for name, value in asdict(problem).items() if value is not None} for problem in header.problems
         ],
     }
-    text = json.dumps(header).encode()
-    start = len(_MAGIC) + _HEADER_LENGTH.size
-    text += b" " * (-(start + len(text)) % _ALIGNMENT)
-    with atomic_write(path) as file:
-        file.write(_MAGIC + _HEADER_LENGTH.pack(len(text)) + text + index.records.tobytes())
+    text = json.dumps(document).encode()
+    text += b" " * (-(len(_MAGIC) + _HEADER_LENGTH.size + len(text)) % _ALIGNMENT)
+    return _MAGIC + _HEADER_LENGTH.pack(len(text)) + text
 
 
-def read_index(path: Path, stamp: Stamp) -> ShardIndex | None:
-    """The index at `path`, memory-mapped, or None when it is missing, damaged, or of another state of the archive."""
+def read_index(path: Path, stamp: Stamp) -> tuple[IndexHeader, IndexFile] | None:
+    """What the index at `path` says, or None when it is missing, damaged, or of another state of the archive.
+
+    Raises:
+        DataError: the system does not let it be read, for example because too many files are open.
+    """
+    fixed = len(_MAGIC) + _HEADER_LENGTH.size
     try:
         with open(path, "rb") as file:
-            start = file.read(len(_MAGIC) + _HEADER_LENGTH.size)
-            if start[: len(_MAGIC)] != _MAGIC or len(start) != len(_MAGIC) + _HEADER_LENGTH.size:
+            start = file.read(4096)
+            length = _text_length(start)
+            if length is None:
                 return None
-            (length,) = _HEADER_LENGTH.unpack(start[len(_MAGIC) :])
-            header = json.loads(file.read(length))
+            start += file.read(max(0, fixed + length - len(start)))
             size = os.fstat(file.fileno()).st_size
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+        return None  # none that this user could use; one is made elsewhere
+    except OSError as error:
+        raise DataError("an index cannot be read", where=path, found=f"{type(error).__name__}: {error}") from error
+    header = _parse_header(start[fixed : fixed + length])
+    whole = fixed + length
+    if header is None or header.stamp != stamp or size != whole + header.count * header.record_bytes:
         return None
-    return _parse_index(path, header, len(start) + length, size, stamp)
+    return header, IndexFile(str(path), whole, zlib.crc32(start[:whole]))
 
 
-def _parse_index(path: Path, header: Any, start: int, size: int, stamp: Stamp) -> ShardIndex | None:
+def adopt_index(data: bytes, stamp: Stamp, tail: int) -> ShardIndex | None:
+    """A copied index as that of the archive it was copied with; None when it is of another one.
+
+    Modification times do not survive copying to an object store, so size and checksum of the end bind the two here.
+
+    Args:
+        data: the whole index file.
+        stamp: of the archive; the index takes its version.
+        tail: `tail_checksum` of the archive.
+    """
+    fixed = len(_MAGIC) + _HEADER_LENGTH.size
+    length = _text_length(data)
+    header = None if length is None else _parse_header(data[fixed : fixed + length])
+    if length is None or header is None or (header.stamp.size, header.tail) != (stamp.size, tail):
+        return None
+    records = data[fixed + length :]
+    if len(records) != header.count * header.record_bytes:
+        return None
+    return ShardIndex(replace(header, stamp=stamp), records)
+
+
+def _text_length(start: bytes) -> int | None:
+    fixed = len(_MAGIC) + _HEADER_LENGTH.size
+    if start[: len(_MAGIC)] != _MAGIC or len(start) < fixed:
+        return None
+    return _HEADER_LENGTH.unpack(start[len(_MAGIC) : fixed])[0]
+
+
+def _parse_header(text: bytes) -> IndexHeader | None:
     try:
-        shape = (int(header["count"]), len(header["extensions"]))
-        found = Stamp(header["size"], header["version"])
-        problems = tuple(_problem(entry) for entry in header["problems"])
-        extensions = tuple(str(extension) for extension in header["extensions"])
+        document: Mapping[str, Any] = json.loads(text)
+        return IndexHeader(
+            tuple(sys.intern(str(extension)) for extension in document["extensions"]),
+            int(document["count"]),
+            Stamp(int(document["size"]), str(document["version"])),
+            int(document["tail"]),
+            tuple(ShardProblem(**entry) for entry in document["problems"]),
+        )
     except (KeyError, TypeError, ValueError):
         return None
-    if found != stamp or size != start + RECORD.itemsize * shape[0] * shape[1]:
-        return None
-    empty = shape[0] * shape[1] == 0
-    records = np.zeros(shape, RECORD) if empty else np.memmap(path, RECORD, "r", offset=start, shape=shape)
-    return ShardIndex(extensions, records, problems, found)
-
-
-def _problem(entry: Mapping[str, str]) -> SampleError:
-    optional = {key: entry[key] for key in ("what", "expected", "found") if key in entry}
-    return SampleError(entry["reason"], where=entry["where"], **optional)

@@ -24,6 +24,6 @@ def locate(starts: np.ndarray, index: int, what: str) -> tuple[int, int]:
     return file, int(index - starts[file])
 
 
-def fingerprint(entries: Sequence[tuple[str, int, int]]) -> str:
-    """Of (name, bytes, samples) of every file, in their order."""
+def fingerprint(entries: Sequence[tuple[str, int, int | str]]) -> str:
+    """Of (name, bytes, samples or version) of every file, in their order."""
     return hashlib.sha256(repr(list(entries)).encode()).hexdigest()[:32]

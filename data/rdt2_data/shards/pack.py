@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,13 +17,15 @@ from rdt2_data.problems import SampleError, Tally
 from rdt2_data.shards.array_record import ArrayRecordWriter
 from rdt2_data.shards.numbering import ARRAY_RECORD_SUFFIX, TAR_SUFFIX
 from rdt2_data.shards.source import Paths, SampleSource, open_source
-from rdt2_data.shards.writer import ShardWriter
+from rdt2_data.shards.writer import TEMPORARY_SUFFIX, ShardWriter
 from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import atomic_write, make_folder
 from rdt2_jax.progress import progress_bar
 
 PACK_FILE = "pack.json"
 _READ_AT_ONCE = 16
+_TEMPORARIES = (f".shard-*{TEMPORARY_SUFFIX}", f".{PACK_FILE}.*{TEMPORARY_SUFFIX}")
+"""What a run that was killed leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class PackReport:
 
 
 def pack(paths: Paths, folder: Path, options: PackOptions, *, strict: bool = False) -> PackReport:
-    """Writes the samples of `paths` into `folder`.
+    """Writes the samples of `paths` into `folder`, where nobody else writes meanwhile.
 
-    Keys become the numbers of the samples, as different shards may use the same ones. Samples that cannot be read are
-    left out and counted.
+    Keys become the numbers of the samples ("000000042"), as different shards may use the same ones. Samples that cannot
+    be read are left out and counted.
 
     Raises:
         DataError: nothing to read, or a folder with something else in it.
@@ -99,17 +101,30 @@ def _write(source: SampleSource, numbers: np.ndarray, start: int, path: Path, ta
 
 
 def _claim(folder: Path, source: SampleSource, options: PackOptions) -> None:
-    """Makes sure that the folder is empty, or that it was begun with the same source and options."""
-    wanted = {"source": source.fingerprint(), **asdict(options)}
+    """Makes sure that the folder is empty, or begun with the same source and options; removes what a killed run left.
+
+    The modification times of the source belong to it: a source replaced by one of the same sizes is another one.
+    """
+    wanted = {"source": source.fingerprint(), "source_state": source.state(), **asdict(options)}
     record = folder / PACK_FILE
     make_folder(folder)
+    temporaries = [path for pattern in _TEMPORARIES for path in folder.glob(pattern)]
     if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = _read_claim(record)
         if found != wanted:
             fix = "choose another folder, or remove this one"
             raise DataError("the folder was packed otherwise", where=folder, expected=wanted, found=found, fix=fix)
-    elif any(folder.iterdir()):
+    elif set(folder.iterdir()) != set(temporaries):
         raise DataError("the folder is not empty", where=folder, fix="choose another, or an empty one")
-    else:
+    for path in temporaries:
+        path.unlink(missing_ok=True)
+    if not record.is_file():
         with atomic_write(record) as file:
             file.write(json.dumps(wanted, indent=1).encode())
+
+
+def _read_claim(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError("the record of an earlier run cannot be read", where=record, found=str(error)) from error

@@ -1,21 +1,13 @@
 """Random access to the samples of many shards, as Grain asks for it.
 
-Nothing of a sample stays in memory: an archive's index is a memory map, of which the ones used last are kept open. What
-is resident is a name and a count per shard.
+Nothing of a sample stays in memory: where its members lie is read from the archive's index when it is wanted. What is
+resident is a name, a state and a count per shard.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-import re
-import threading
-from collections import OrderedDict
+import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
-from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,18 +15,16 @@ import numpy as np
 
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import RawSample
-from rdt2_data.shards.index import TAR_BLOCK, ShardIndex, Stamp, index_path, read_index, scan_shard, write_index
+from rdt2_data.shards.descriptors import DESCRIPTORS, Descriptor
+from rdt2_data.shards.find import Paths, find_shards
+from rdt2_data.shards.index import RECORD, IndexFile, Stamp, member_places
+from rdt2_data.shards.indexing import Shard, load_shard, load_shards
 from rdt2_data.shards.numbering import ARRAY_RECORD_SUFFIX, TAR_SUFFIX, fingerprint, locate
-from rdt2_data.shards.storage import Range, Storage, find_remote, host_index_folder, is_url, storage_for
+from rdt2_data.shards.storage import Range, is_url, shard_changed, storage_for
+from rdt2_data.shards.tar_scan import TAR_BLOCK
 from rdt2_jax.errors import DataError
-from rdt2_jax.progress import progress_bar
 
-_OPEN_INDICES = 64
-"""Each keeps a descriptor open."""
-_SHARDS_PER_PROCESS = 16
-"""Starting a process takes about as long as scanning this many small shards."""
-
-Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+__all__ = ["Paths", "SampleSource", "TarShards", "find_shards", "open_source"]
 
 
 class SampleSource(Protocol):
@@ -58,33 +48,31 @@ class SampleSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """The same on every host for the same samples in the same order."""
+        """The same on every host for the same samples in the same order: names, sizes and counts of the files."""
         ...
 
-
-@dataclass(frozen=True)
-class _Shard:
-    path: str
-    count: int
-    size: int
+    def state(self) -> str:
+        """Another one when a file was replaced: names, sizes and modification times of the files."""
+        ...
 
 
 class TarShards:
     """The samples of tar archives, numbered through in the order of the archives.
 
     Indices are made where there are none or where they are stale. What is wrong with an archive is counted in `tally`;
-    its other samples are there.
+    its other samples are there, and so are those of the other archives. An archive must stay as it is while a source is
+    open: reading a local one that changed raises DataError.
 
     Args:
         shards: paths or addresses.
         index_folder: where indices lie; by default beside the archives, or in the cache of this host where that
             folder cannot be written to.
         tally: takes the problems; a strict one raises the first.
-        workers: processes that make missing indices; all cores by default.
+        workers: processes that make missing indices of local archives; all cores by default.
 
     Raises:
-        DataError: no shards, or one that cannot be opened.
-        SampleError: a damaged shard, when the tally is strict.
+        DataError: no shards, or several kinds of storage.
+        SampleError: a shard that is damaged or cannot be opened, when the tally is strict.
     """
 
     def __init__(
@@ -99,23 +87,19 @@ class TarShards:
         self.tally = tally or Tally()
         self._storage = storage_for(shards[0])
         self._index_folder = index_folder
-        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._lock = threading.Lock()
-        self._shards: list[_Shard] = []
-        for path, (count, size, problems) in zip(shards, self._make_indices(shards, workers), strict=True):
-            self._shards.append(_Shard(path, count, size))
+        self._shards: list[Shard] = []
+        for shard, problems in load_shards(shards, self._storage, index_folder, workers):
+            self._shards.append(shard)
             for problem in problems:
                 self.tally.add(problem)
         self._starts = np.concatenate([[0], np.cumsum([shard.count for shard in self._shards])]).astype(np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_indices": OrderedDict()}
-        del state["_lock"], state["tally"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "tally"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._lock, self.tally = threading.Lock(), Tally()
+        self.tally = Tally()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -129,65 +113,77 @@ class TarShards:
         return self._shards[shard].path, row
 
     def fingerprint(self) -> str:
-        """See `SampleSource`: names, sizes and counts of the archives, not where they lie."""
-        return fingerprint([(Path(shard.path).name, shard.size, shard.count) for shard in self._shards])
+        """See `SampleSource`."""
+        return fingerprint([(Path(shard.path).name, shard.stamp.size, shard.count) for shard in self._shards])
+
+    def state(self) -> str:
+        """See `SampleSource`. Of files in an object store it holds what the store has in place of a time."""
+        return fingerprint([(Path(shard.path).name, shard.stamp.size, shard.stamp.version) for shard in self._shards])
 
     def read(self, indices: Sequence[int], members: Sequence[str] | None = None) -> list[RawSample | SampleError]:
         """See `SampleSource`. One range is read per sample: its members lie side by side.
 
         Raises:
-            DataError: an index outside [0, len).
+            DataError: an index outside [0, len), or a shard that is no longer the one that was opened.
         """
-        places: list[dict[str, tuple[int, int]]] = []
+        found: list[RawSample | SampleError | None] = [None] * len(indices)
+        wanted: list[tuple[int, int, dict[str, tuple[int, int]]]] = []  # position in `indices`, row, places
         ranges: list[Range] = []
-        for index in indices:
-            shard, row = self._locate(index)
-            place = self._index(shard).members(row)
+        stamps: list[Stamp] = []
+        for position, index in enumerate(indices):
+            number, row = self._locate(index)
+            try:
+                places = self._places(number, row)
+            except SampleError as problem:
+                found[position] = problem
+                continue
             if members is not None:
-                place = {extension: place[extension] for extension in members if extension in place}
-            start = min((first for first, _ in place.values()), default=TAR_BLOCK) - TAR_BLOCK
-            stop = max((end for _, end in place.values()), default=TAR_BLOCK)
-            places.append(place)
-            ranges.append(Range(self._shards[shard].path, start, stop))
-        blocks = self._storage.read(ranges)
-        return [_split(*of_sample) for of_sample in zip(indices, places, ranges, blocks, strict=True)]
+                places = {extension: places[extension] for extension in members if extension in places}
+            start = min((first for first, _ in places.values()), default=TAR_BLOCK) - TAR_BLOCK
+            stop = max((end for _, end in places.values()), default=TAR_BLOCK)
+            wanted.append((position, row, places))
+            ranges.append(Range(self._shards[number].path, start, stop))
+            stamps.append(self._shards[number].stamp)
+        blocks = self._storage.read(ranges, stamps)
+        for (position, row, places), range_, block in zip(wanted, ranges, blocks, strict=True):
+            found[position] = _split(row, places, range_, block)
+        return [sample for sample in found if sample is not None]
 
     def _locate(self, index: int) -> tuple[int, int]:
         return locate(self._starts, index, repr(self))
 
-    def _index(self, shard: int) -> ShardIndex:
-        with self._lock:
-            index = self._indices.get(shard)
-            if index is None:
-                path = self._shards[shard].path
-                index, _ = _load_index(path, self._storage, self._index_folder)
-                if len(index) != self._shards[shard].count:
-                    found = f"{len(index)} samples, not {self._shards[shard].count}"
-                    raise DataError("a shard changed while it was read", where=path, found=found, fix="start again")
-                self._indices[shard] = index
-                if len(self._indices) > _OPEN_INDICES:
-                    self._indices.popitem(last=False)
-            else:
-                self._indices.move_to_end(shard)
-            return index
+    def _places(self, number: int, row: int) -> dict[str, tuple[int, int]]:
+        """Where the members of a sample lie; an index file that is gone is made again."""
+        shard = self._shards[number]
+        size = RECORD.itemsize * len(shard.extensions)
+        try:
+            record = _read_records(shard.records, row * size, (row + 1) * size)
+        except OSError:
+            shard = self._shards[number] = self._load_again(shard)
+            record = _read_records(shard.records, row * size, (row + 1) * size)
+        return member_places(shard.extensions, record)
 
-    def _make_indices(
-        self, shards: Sequence[str], workers: int | None
-    ) -> list[tuple[int, int, tuple[SampleError, ...]]]:
-        """(count, bytes, problems) of every archive; missing indices are made, in several processes when many."""
-        arguments = [(path, self._storage, self._index_folder) for path in shards]
-        stale = [i for i, argument in enumerate(arguments) if not _is_indexed(*argument)]
-        processes = min(workers or os.cpu_count() or 1, -(-len(stale) // _SHARDS_PER_PROCESS))
-        with progress_bar("indexing", len(stale), "shards") as advance:
-            if processes > 1:
-                with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-                    for _ in pool.map(_summary, [arguments[i] for i in stale], chunksize=4):
-                        advance()
-            else:
-                for i in stale:
-                    _summary(arguments[i])
-                    advance()
-        return [_summary(argument) for argument in arguments]
+    def _load_again(self, shard: Shard) -> Shard:
+        again, _ = load_shard(shard.path, self._storage, self._index_folder)
+        if (again.stamp, again.count, again.extensions) != (shard.stamp, shard.count, shard.extensions):
+            raise shard_changed(shard.path, shard.stamp, again.stamp)
+        return again
+
+
+def _read_records(records: IndexFile | bytes, start: int, stop: int) -> bytes:
+    """Raises OSError where the index file is gone, or is no longer the one that was trusted."""
+    if isinstance(records, bytes):
+        return records[start:stop]
+
+    def check(descriptor: Descriptor) -> None:
+        if zlib.crc32(descriptor.read(0, records.start)) != records.check:
+            raise FileNotFoundError(f"{records.path} is another index now")
+
+    descriptor = DESCRIPTORS.get(records.path, records.check, check)
+    found = descriptor.read(records.start + start, records.start + stop)
+    if len(found) != stop - start:
+        raise FileNotFoundError(f"{records.path} is shorter now")
+    return found
 
 
 def open_source(
@@ -196,8 +192,8 @@ def open_source(
     """The samples at `paths`.
 
     Args:
-        paths: a folder with shards; a file; a pattern with `*` or `{000000..000041}`; or several of these. Local, or an
-            address that fsspec knows. All tar, or all ArrayRecord.
+        paths: a folder with shards; a file; a pattern with `*`, `?` or `[0-9]`; names from `{000000..000041}`, all of
+            which must exist; or several of these. Local, or an address that fsspec knows. All tar, or all ArrayRecord.
         index_folder, tally, workers: see `TarShards`.
 
     Raises:
@@ -217,95 +213,18 @@ def open_source(
     )
 
 
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-def find_shards(paths: Paths) -> list[str]:
-    """Files that `paths` (see `open_source`) stand for: sorted within each, no file twice.
-
-    Raises:
-        DataError: one that stands for nothing.
-    """
-    if not isinstance(paths, (str, PathLike)) and not paths:
-        raise DataError("there are no shards", where="paths", expected="at least one path", found="none")
-    shards: list[str] = []
-    for path in [paths] if isinstance(paths, (str, PathLike)) else paths:
-        found = [shard for name in _expand_braces(os.fspath(path)) for shard in _matches(name)]
-        if not found:
-            expected = "a folder with .tar or .array_record files, a file, or a pattern that fits some"
-            raise DataError("there are no shards", where=path, expected=expected)
-        shards += found
-    return list(dict.fromkeys(shards))
-
-
-def _expand_braces(path: str) -> list[str]:
-    match = _BRACES.search(path)
-    if match is None:
-        return [path]
-    first, last = match.groups()
-    numbers = range(int(first), int(last) + 1)
-    head, tail = path[: match.start()], path[match.end() :]
-    return [name for number in numbers for name in _expand_braces(f"{head}{number:0{len(first)}d}{tail}")]
-
-
-def _matches(path: str) -> list[str]:
-    suffixes = (TAR_SUFFIX, ARRAY_RECORD_SUFFIX)
-    if is_url(path):
-        return find_remote(path, suffixes)
-    if Path(path).is_dir():
-        return sorted(str(p) for p in Path(path).iterdir() if p.suffix in suffixes and not p.name.startswith("."))
-    return sorted(glob.glob(path)) if "*" in path else [path] if Path(path).is_file() else []
-
-
 # ------------------------------------------------------------------------------------------------- details
 
 
-def _index_paths(shard: str, folder: Path | None) -> list[Path]:
-    """Where the index of an archive may lie, the best place first."""
-    if folder is not None:
-        return [index_path(shard, folder)]
-    on_host = index_path(shard, host_index_folder())
-    return [on_host] if is_url(shard) else [index_path(shard), on_host]
-
-
-def _find_index(shard: str, stamp: Stamp, folder: Path | None) -> ShardIndex | None:
-    found = (read_index(path, stamp) for path in _index_paths(shard, folder))
-    return next((index for index in found if index is not None), None)
-
-
-def _load_index(shard: str, storage: Storage, folder: Path | None) -> tuple[ShardIndex, int]:
-    """The index of an archive, made if there is none that fits; and the size of the archive."""
-    stamp = storage.stamp(shard)
-    index = _find_index(shard, stamp, folder)
-    if index is None:
-        with storage.open(shard) as stream:
-            index = scan_shard(stream, shard, stamp)
-        for path in _index_paths(shard, folder):
-            if os.access(path.parent, os.W_OK) or path.parent == host_index_folder() or folder is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_index(path, index)
-                break
-    return index, stamp.size
-
-
-def _is_indexed(shard: str, storage: Storage, folder: Path | None) -> bool:
-    return _find_index(shard, storage.stamp(shard), folder) is not None
-
-
-def _summary(argument: tuple[str, Storage, Path | None]) -> tuple[int, int, tuple[SampleError, ...]]:
-    index, size = _load_index(*argument)
-    return len(index), size, index.problems
-
-
 def _split(
-    number: int, places: Mapping[str, tuple[int, int]], range_: Range, block: bytes | Exception
+    row: int, places: Mapping[str, tuple[int, int]], range_: Range, block: bytes | Exception
 ) -> RawSample | SampleError:
     if isinstance(block, Exception):
         found = f"{type(block).__name__}: {block}"
-        return SampleError("read-error", where=f"{range_.path}, sample number {number}", found=found)
+        return SampleError("read-error", where=f"{range_.path}, sample number {row} of this shard", found=found)
     key = _key(block, min(places, key=lambda name: places[name])) if places else None
     members = {name: block[first - range_.start : end - range_.start] for name, (first, end) in places.items()}
-    return RawSample(key or f"number {number}", range_.path, members)
+    return RawSample(key or f"number {row} of this shard", range_.path, members)
 
 
 def _key(block: bytes, extension: str) -> str | None:

@@ -1,21 +1,23 @@
 """Bytes of archives, local or in an object store, read by ranges.
 
-Local archives are read with `pread` on descriptors that each thread opens when it first needs them. Anything with a
-scheme (`gs://`, `s3://`, `memory://`) goes through fsspec: ranges that lie close together become one request, requests
-run together where the file system can, and what fails is tried again with growing pauses.
+Local archives are read with `pread` on descriptors that all threads share. Anything with a scheme (`gs://`, `s3://`,
+`memory://`) goes through fsspec: ranges that lie close together become one request, requests run together where the
+file system can, and what fails is tried again with growing pauses.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
+import stat
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
+from rdt2_data.problems import SampleError
+from rdt2_data.shards.descriptors import DESCRIPTORS, Descriptor
 from rdt2_data.shards.index import Stamp
 from rdt2_jax.errors import DataError
 
@@ -24,7 +26,12 @@ MAX_GAP_BYTES = 256 * 1024
 
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.2
-_OPEN_FILES_PER_THREAD = 32
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Failures that come again however often one tries."""
+
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -39,16 +46,37 @@ class Range:
 class Storage(Protocol):
     """Reads archives of one kind of place. Instances can be pickled and used by several threads."""
 
+    at_once: int
+    """Files that are worth opening at the same time."""
+
     def stamp(self, path: str) -> Stamp:
-        """Size and version of a file. Raises DataError when there is none."""
+        """Size and version of a file.
+
+        Raises:
+            SampleError: "read-error" or "damaged-shard", for a file that is gone, may not be read, or is none.
+            DataError: a storage that does not answer.
+        """
         ...
 
-    def open(self, path: str) -> BinaryIO:
-        """The file from its start, seekable."""
+    def use(self, path: str, action: Callable[[BinaryIO], T]) -> T:
+        """What `action` makes of the file, seekable and at its start; it may be called again after a failure.
+
+        Raises:
+            SampleError: "read-error", for a file that is gone or cannot be read.
+            DataError: a storage that does not answer, or too many open files.
+        """
         ...
 
-    def read(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
-        """The bytes of every range, or what went wrong with it, in the order asked for."""
+    def read(self, ranges: Sequence[Range], stamps: Sequence[Stamp]) -> list[bytes | Exception]:
+        """The bytes of every range, or what went wrong with it, in the order asked for.
+
+        Args:
+            ranges: what to read.
+            stamps: of the file of every range, as it was when its index was loaded.
+
+        Raises:
+            DataError: a local file that is no longer the one that the stamp was taken of, or too many open files.
+        """
         ...
 
 
@@ -62,67 +90,86 @@ def storage_for(path: str) -> Storage:
     return RemoteStorage(path.split("://", 1)[0]) if is_url(path) else LocalStorage()
 
 
+def shard_changed(path: str, expected: Stamp, found: Stamp) -> DataError:
+    """The error for an archive that is no longer the one that was opened; nothing read from it can be relied upon."""
+    return DataError(
+        "a shard changed while it was read",
+        where=path,
+        expected=f"{expected.size} bytes, version {expected.version}",
+        found=f"{found.size} bytes, version {found.version}",
+        fix="start again, and leave the shards alone while they are read",
+    )
+
+
+def _unreadable(path: str, error: Exception, *, lasting: bool) -> DataError:
+    """A SampleError, to be counted, for what is wrong with this shard; where others would fail too, one that stops."""
+    found = f"{type(error).__name__}: {error}"
+    if lasting:
+        return SampleError("read-error", where=path, what="a shard cannot be opened", found=found)
+    fix = "see to the storage, or to the limits of this process, and start again"
+    return DataError("the storage does not open a shard now", where=path, found=found, fix=fix)
+
+
 # ------------------------------------------------------------------------------------------------- local
 
 
 class LocalStorage:
     """Files of this machine."""
 
-    def __init__(self) -> None:
-        self._files = threading.local()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LocalStorage, ()
+    at_once = 1
 
     def stamp(self, path: str) -> Stamp:
         """See `Storage`."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError("a shard cannot be opened", where=path, found=error.strerror) from error
-        return Stamp(status.st_size, str(status.st_mtime_ns))
+        return local_stamp(path)
 
-    def open(self, path: str) -> BinaryIO:
+    def use(self, path: str, action: Callable[[BinaryIO], T]) -> T:
         """See `Storage`."""
-        return open(path, "rb")
-
-    def read(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
-        """See `Storage`."""
-        return [self._read(range_) for range_ in ranges]
-
-    def _read(self, range_: Range) -> bytes | Exception:
         try:
-            data = os.pread(self._descriptor(range_.path).number, range_.stop - range_.start, range_.start)
+            with open(path, "rb") as stream:
+                return action(stream)
         except OSError as error:
+            raise _unreadable(path, error, lasting=error.errno not in _TOO_MANY_OPEN) from error
+
+    def read(self, ranges: Sequence[Range], stamps: Sequence[Stamp]) -> list[bytes | Exception]:
+        """See `Storage`."""
+        return [self._read(range_, stamp) for range_, stamp in zip(ranges, stamps, strict=True)]
+
+    def _read(self, range_: Range, stamp: Stamp) -> bytes | Exception:
+        def check(descriptor: Descriptor) -> None:
+            found = _stamp(os.fstat(descriptor.number))
+            if found != stamp:
+                raise shard_changed(range_.path, stamp, found)
+
+        try:
+            descriptor = DESCRIPTORS.get(range_.path, stamp, check)
+            data = descriptor.read(range_.start, range_.stop)
+            check(descriptor)  # afterwards: another program may have written into the open file, as `cp` does
+        except OSError as error:
+            if error.errno in _TOO_MANY_OPEN:
+                raise _unreadable(range_.path, error, lasting=False) from error
             return error
         if len(data) < range_.stop - range_.start:
             return EOFError(f"the file ends after {range_.start + len(data)} of {range_.stop} bytes")
         return data
 
-    def _descriptor(self, path: str) -> _Descriptor:
-        """An open descriptor of this thread; the one used longest ago is closed when there are too many."""
-        files: OrderedDict[str, _Descriptor] | None = getattr(self._files, "by_path", None)
-        if files is None:
-            files = self._files.by_path = OrderedDict()
-        if path in files:
-            files.move_to_end(path)
-        else:
-            files[path] = _Descriptor(path)
-            if len(files) > _OPEN_FILES_PER_THREAD:
-                files.popitem(last=False)
-        return files[path]
+
+def local_stamp(path: str) -> Stamp:
+    """Size and modification time of a file of this machine.
+
+    Raises:
+        SampleError: "read-error" or "damaged-shard", for what is absent or no file.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error, lasting=True) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SampleError("damaged-shard", where=path, expected="a file", found="a folder or a device")
+    return _stamp(status)
 
 
-class _Descriptor:
-    """A file descriptor that is closed when nobody holds it any more, also at the end of its thread."""
-
-    def __init__(self, path: str) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_size, str(status.st_mtime_ns))
 
 
 # ------------------------------------------------------------------------------------------------ remote
@@ -136,79 +183,86 @@ class RemoteStorage:
         sleep: waits some seconds; tests pass their own.
     """
 
-    def __init__(self, protocol: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    at_once = 16
+
+    def __init__(self, protocol: str, sleep: Callable[[float], None] | None = None) -> None:
         self.protocol, self._sleep = protocol, sleep
 
-    def _file_system(self) -> Any:
-        return _file_system(self.protocol)  # fsspec keeps one per process
+    def file_system(self) -> Any:
+        """Of this process. Raises DataError for a scheme without a driver."""
+        import fsspec
+
+        try:
+            return fsspec.filesystem(self.protocol)  # fsspec keeps one per process
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                "this kind of storage cannot be opened",
+                where=f"{self.protocol}://",
+                found=str(error),
+                fix="install the fsspec driver that the message names, such as gcsfs or s3fs",
+            ) from error
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """What `action` returns; tried again after a failure that may pass, and the last failure otherwise."""
+        for number in range(ATTEMPTS - 1):
+            try:
+                return action()
+            except (DataError, *PERMANENT):
+                raise
+            except Exception:  # noqa: BLE001  drivers raise whatever their libraries raise
+                self._pause(number)
+        return action()
 
     def stamp(self, path: str) -> Stamp:
         """See `Storage`. The version is what the store has: generation, ETag, or time of the last change."""
+        files = self.file_system()
         try:
-            info = self._file_system().info(path)
-        except OSError as error:
-            raise DataError("a shard cannot be opened", where=path, found=f"{type(error).__name__}: {error}") from error
+            info = self.attempt(lambda: files.info(path))
+        except Exception as error:
+            raise _unreadable(path, error, lasting=isinstance(error, PERMANENT)) from error
         names = ("generation", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "md5Hash")
         version = next((str(info[name]) for name in names if info.get(name) is not None), "")
         return Stamp(int(info["size"]), version)
 
-    def open(self, path: str) -> BinaryIO:
+    def use(self, path: str, action: Callable[[BinaryIO], T]) -> T:
         """See `Storage`."""
-        return self._file_system().open(path, "rb", cache_type="readahead", block_size=2**20)
+        files = self.file_system()
 
-    def read(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
-        """See `Storage`."""
+        def once() -> T:
+            with files.open(path, "rb", cache_type="readahead", block_size=2**20) as stream:
+                return action(stream)
+
+        try:
+            return self.attempt(once)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _unreadable(path, error, lasting=isinstance(error, PERMANENT)) from error
+
+    def read(self, ranges: Sequence[Range], stamps: Sequence[Stamp]) -> list[bytes | Exception]:
+        """See `Storage`. Of a store's file only the length is checked."""
         merged = merge_ranges(ranges)
         found: dict[Range, bytes | Exception] = {}
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(ATTEMPTS):
-            missing = [range_ for range_ in merged if not isinstance(found.get(range_), bytes)]
+        for number in range(ATTEMPTS):
+            missing = [range_ for range_ in merged if not isinstance(found.get(range_), (bytes, *PERMANENT))]
             if not missing:
                 break
-            if attempt:
-                self._sleep(pause_s)
-                pause_s *= 2
+            if number:
+                self._pause(number - 1)
             found.update(zip(missing, self._fetch(missing), strict=True))
         return [_part(range_, merged, found) for range_ in ranges]
 
     def _fetch(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
         starts, stops = [r.start for r in ranges], [r.stop for r in ranges]
+        files = self.file_system()
         try:
-            answers = self._file_system().cat_ranges([r.path for r in ranges], starts, stops, on_error="return")
-        except OSError as error:  # file systems that fail as a whole
+            answers = files.cat_ranges([r.path for r in ranges], starts, stops, on_error="return")
+        except Exception as error:  # noqa: BLE001  file systems that fail as a whole, with whatever error
             return [error] * len(ranges)
         return [_whole(range_, answer) for range_, answer in zip(ranges, answers, strict=True)]
 
-
-def find_remote(path: str, suffixes: Sequence[str]) -> list[str]:
-    """Addresses of the files that a remote path stands for: itself, those in a folder, or those that fit its `*`.
-
-    Raises:
-        DataError: a kind of storage that cannot be opened.
-    """
-    scheme, root = path.split("://", 1)
-    files = _file_system(scheme)
-    if "*" in root:
-        names = files.glob(root)
-    elif files.isdir(root):
-        names = [name for name in files.ls(root, detail=False) if name.endswith(tuple(suffixes))]
-    else:
-        return [path]
-    return sorted(f"{scheme}://{name.lstrip('/')}" for name in names)
-
-
-def _file_system(scheme: str) -> Any:
-    import fsspec
-
-    try:
-        return fsspec.filesystem(scheme)
-    except (ImportError, ValueError) as error:
-        raise DataError(
-            "this kind of storage cannot be opened",
-            where=f"{scheme}://",
-            found=str(error),
-            fix="install the fsspec driver that the message names, such as gcsfs or s3fs",
-        ) from error
+    def _pause(self, number: int) -> None:
+        (self._sleep or time.sleep)(FIRST_PAUSE_S * 2**number)
 
 
 def merge_ranges(ranges: Sequence[Range], max_gap: int = MAX_GAP_BYTES) -> list[Range]:

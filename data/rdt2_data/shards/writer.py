@@ -6,11 +6,12 @@ import io
 import os
 import secrets
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rdt2_data.shards.index import INDEX_SUFFIX, Stamp, scan_shard, write_index
+from rdt2_data.shards.index import INDEX_SUFFIX, Stamp, write_index
+from rdt2_data.shards.tar_scan import scan_shard
 from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import publish_file
 
@@ -52,14 +53,7 @@ class ShardWriter:
         Raises:
             DataError: a key that is taken or cannot be used, no members, or an empty member.
         """
-        if not key or any(character in key for character in "./\\") or key in self._keys:
-            expected = "a name without dots and slashes, once in a shard"
-            raise DataError("a sample cannot have this key", where=self.path, expected=expected, found=repr(key))
-        if not members or not all(members.values()):
-            found = ", ".join(name for name, data in members.items() if not data) or "none"
-            raise DataError(
-                "a sample needs members that are not empty", where=f"{self.path}, sample {key}", found=found
-            )
+        require_sample(self.path, self._keys, key, members)
         self._keys.add(key)
         for extension, data in members.items():
             write_member(self._archive, f"{key}.{extension}", data)
@@ -76,6 +70,20 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+def require_sample(path: Path, taken: Collection[str], key: str, members: Mapping[str, bytes]) -> None:
+    """What both containers ask of a sample, so that each can be packed into the other.
+
+    Raises:
+        DataError: a key that is taken or cannot be used, no members, or an empty member.
+    """
+    if not key or any(character in key for character in "./\\") or key in taken:
+        expected = "a name without dots and slashes, once in a shard"
+        raise DataError("a sample cannot have this key", where=path, expected=expected, found=repr(key))
+    if not members or not all(members.values()):
+        found = ", ".join(name for name, data in members.items() if not data) or "none"
+        raise DataError("a sample needs members that are not empty", where=f"{path}, sample {key}", found=found)
+
+
 def write_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     """Adds one member whose header holds nothing but name and size."""
     header = tarfile.TarInfo(name)
@@ -87,5 +95,5 @@ def write_shard_index(path: Path) -> None:
     """Makes the index beside a local shard."""
     status = path.stat()
     with open(path, "rb") as stream:
-        index = scan_shard(stream, str(path), Stamp(status.st_size, str(status.st_mtime_ns)))
+        index = scan_shard(stream, Stamp(status.st_size, str(status.st_mtime_ns)))
     write_index(path.with_name(path.name + INDEX_SUFFIX), index)

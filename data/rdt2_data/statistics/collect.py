@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -35,6 +36,39 @@ class ChannelStatistics:
         self.moments = self.moments.merged(Moments.of(frames))
         self.sketch.update(frames)
         self.histograms.update(frames)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """One sample, as far as its statistics go.
+
+    Attributes:
+        problems: what is wrong with it.
+        action: its chunk (24, 20); None for a question, or where it cannot be used.
+        is_question: an image with a conversation instead of a chunk.
+    """
+
+    problems: Sequence[SampleError] = ()
+    action: np.ndarray | None = None
+    is_question: bool = False
+
+
+AnySeen = TypeVar("AnySeen", bound=Seen)
+
+
+@dataclass(frozen=True)
+class Look(Generic[AnySeen]):
+    """What one pass takes from every sample, besides its chunk.
+
+    Attributes:
+        at: what is seen of a sample, or of one that could not be read; called in threads.
+        members: extensions that are read.
+        take: called with what was seen of each sample, in their order.
+    """
+
+    at: Callable[[RawSample | SampleError], AnySeen]
+    members: Sequence[str]
+    take: Callable[[AnySeen], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,32 +111,42 @@ def collect_statistics(
     Raises:
         SampleError: the first problem, when the tally is strict.
     """
+    look = Look(see_action, (ACTION, CONVERSATION), lambda seen: None)
+    return collect(source, look, workers=workers, progress=progress)
+
+
+def collect(
+    source: SampleSource,
+    look: Look[AnySeen],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> DatasetStatistics:
+    """`collect_statistics` in a pass that takes more from every sample than its chunk."""
     channels = ChannelStatistics()
     samples = questions = 0
-    for results in scan_samples(source, _action_or_problem, members=(ACTION, CONVERSATION), workers=workers):
-        chunks: list[np.ndarray] = []
-        for result in results:
-            if isinstance(result, SampleError):
-                source.tally.add(result)
-            elif result is None:
-                questions += 1
-            else:
-                chunks.append(result)
+    for batch in scan_samples(source, lambda _, raw: look.at(raw), members=look.members, workers=workers):
+        for seen in batch:
+            for problem in seen.problems:
+                source.tally.add(problem)
+            questions += seen.is_question
+            look.take(seen)
+        chunks = [seen.action for seen in batch if seen.action is not None]
+        samples += len(chunks)
         if chunks:
             channels.update(np.concatenate(chunks))
-        samples += len(chunks)
         if progress is not None:
-            progress(len(results))
+            progress(len(batch))
     return DatasetStatistics(samples, questions, channels, source.tally)
 
 
-def _action_or_problem(_: int, raw: RawSample | SampleError) -> np.ndarray | SampleError | None:
-    """The chunk of a sample, None for a question."""
+def see_action(raw: RawSample | SampleError) -> Seen:
+    """The chunk of a sample, or why there is none."""
     if isinstance(raw, SampleError):
-        return raw
+        return Seen(problems=[raw])
     if raw.is_question:
-        return None
+        return Seen(is_question=True)
     try:
-        return read_action(raw)
+        return Seen(action=read_action(raw))
     except SampleError as problem:
-        return problem
+        return Seen(problems=[problem])

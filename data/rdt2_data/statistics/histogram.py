@@ -2,6 +2,8 @@
 
 Bins are powers of two wide and begin at multiples of their width. When values no longer fit, neighbouring bins are
 joined in pairs, which loses nothing but resolution: the counts are exact, and do not depend on the order of the values.
+
+Values from `LARGEST` on are no action's and are only counted: one of them would leave a single bin for all others.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ MAX_BINS = 256
 _FINEST = -24
 """Bins are at least 2^-24 wide, 0.06 micrometres for a position."""
 
+LARGEST = 2.0**29
+"""Smaller magnitudes, in units of the finest bin, are whole numbers below 2^53: float64 tells all of them apart."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bins:
@@ -24,10 +29,12 @@ class Bins:
     Attributes:
         edges: float64 (B + 1,).
         counts: int64 (B,), values with edges[i] <= x < edges[i + 1].
+        out_of_range: values of magnitude `LARGEST` or more, which are in no bin.
     """
 
     edges: np.ndarray
     counts: np.ndarray
+    out_of_range: int
 
 
 class Histograms:
@@ -41,14 +48,13 @@ class Histograms:
         if values.ndim != 2 or values.shape[1] != len(self._channels):
             raise DataError("wrong values", expected=f"(N, {len(self._channels)})", found=str(values.shape))
         for channel, column in zip(self._channels, values.T.astype(np.float64), strict=True):
-            if column.size:
-                channel.add(column)
+            channel.add(column)
 
     def channel(self, number: int) -> Bins:
         """The histogram of one channel, from its first to its last occupied bin; empty without values."""
         channel = self._channels[number]
         edges = (channel.first + np.arange(len(channel.counts) + 1)) * 2.0**channel.exponent
-        return Bins(edges, channel.counts.copy())
+        return Bins(edges, channel.counts.copy(), channel.out_of_range)
 
 
 class _Channel:
@@ -56,8 +62,15 @@ class _Channel:
 
     def __init__(self) -> None:
         self.exponent, self.first, self.counts = _FINEST, 0, np.zeros(0, np.int64)
+        self.out_of_range = 0
 
     def add(self, values: np.ndarray) -> None:
+        inside = values[np.abs(values) < LARGEST]
+        self.out_of_range += len(values) - len(inside)
+        if inside.size:
+            self._count(inside)
+
+    def _count(self, values: np.ndarray) -> None:
         low, high = values.min(), values.max()
         while True:
             first, last = (int(np.floor(np.ldexp(value, -self.exponent))) for value in (low, high))

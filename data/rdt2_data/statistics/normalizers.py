@@ -51,6 +51,7 @@ def fit_normalizer(
     Raises:
         DataError: no frames; quantiles that do not fit; or a channel that moves, but not between its quantiles.
     """
+    require_quantiles(kind, quantiles)
     if not channels.moments.count:
         raise DataError("there is no frame to fit a normalizer to", fix="look at the problems that were counted")
     moments = channels.moments
@@ -58,8 +59,6 @@ def fit_normalizer(
         *(np.asarray(v, np.float32) for v in (moments.minimum, moments.maximum, moments.mean, moments.std))
     )
     if kind == "gaussian":
-        if quantiles is not None:
-            raise DataError("quantiles are limits", where="quantiles", fix="leave them out, or choose kind limits")
         return Fit(_normalizer(*_gaussian(statistics), statistics), kind, None, None)
     low, high = statistics.min, statistics.max
     if quantiles is not None:
@@ -68,6 +67,16 @@ def fit_normalizer(
     outside = channels.sketch.share_below(low, inclusive=False) + 1 - channels.sketch.share_below(high, inclusive=True)
     outside = np.where(_is_rotation(), 0.0, outside if quantiles is not None else 0.0)
     return Fit(_normalizer(ranged.scale, ranged.offset, statistics), kind, quantiles, outside)
+
+
+def require_quantiles(kind: NormalizerKind, quantiles: tuple[float, float] | None) -> None:
+    """Raises DataError unless a normalizer of this kind can be made with these quantiles; before any data is read."""
+    if quantiles is None:
+        return
+    if kind == "gaussian":
+        raise DataError("quantiles are limits", where="quantiles", fix="leave them out, or choose kind limits")
+    if not 0 <= quantiles[0] < quantiles[1] <= 1:
+        raise DataError("these are no quantiles", where="quantiles", expected="0 <= low < high <= 1", found=quantiles)
 
 
 def _is_rotation() -> np.ndarray:
@@ -89,8 +98,6 @@ def _gaussian(statistics: FieldStatistics) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantile_limits(channels: ChannelStatistics, quantiles: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    if not 0 <= quantiles[0] < quantiles[1] <= 1:
-        raise DataError("these are no quantiles", where="quantiles", expected="0 <= low < high <= 1", found=quantiles)
     low, high = channels.sketch.quantiles(quantiles)
     moves = np.asarray(channels.moments.maximum - channels.moments.minimum) >= MIN_RANGE
     stuck = np.flatnonzero(moves & (high - low < MIN_RANGE) & ~_is_rotation())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rdt2_data.statistics.collect import CHANNEL_NAMES, DatasetStatistics
+from rdt2_data.statistics.histogram import LARGEST
 from rdt2_data.statistics.normalizers import Fit
 from rdt2_jax.actions.layout import ACTION_DIM
 from rdt2_jax.io.files import atomic_write
@@ -35,6 +36,7 @@ def statistics_report(statistics: DatasetStatistics, fit: Fit | None = None) -> 
             "max": float(moments.maximum[channel]),
             "mean": float(moments.mean[channel]),
             "std": float(std[channel]),
+            "beyond_histogram": channels.histograms.channel(channel).out_of_range,
             "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles[:, channel], strict=True)},
         }
         for channel in range(ACTION_DIM)
@@ -84,7 +86,7 @@ def statistics_table(statistics: DatasetStatistics, fit: Fit | None = None) -> A
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for channel in range(ACTION_DIM):
-        cells = [f"{column[channel]:.4f}" for column in columns]
+        cells = [f"{v:.4f}" if abs(v) < 1e4 else f"{v:.3g}" for v in (column[channel] for column in columns)]
         if outside is not None:
             cells.append(f"{outside[channel]:.2%}")
         table.add_row(f"{channel} {CHANNEL_NAMES[channel]}".replace("rot6d", "rot"), *cells)
@@ -115,12 +117,19 @@ def plot_statistics(statistics: DatasetStatistics, path: Path, fit: Fit | None =
 
 def _draw_channel(panel: Any, statistics: DatasetStatistics, fit: Fit | None, channel: int) -> None:
     bins = statistics.channels.histograms.channel(channel)
-    panel.stairs(bins.counts, bins.edges, fill=True, color="#30638e" if channel >= ACTION_DIM // 2 else "#d1495b")
+    colour = "#30638e" if channel >= ACTION_DIM // 2 else "#d1495b"
+    if bins.counts.size:
+        panel.stairs(bins.counts, bins.edges, fill=True, color=colour)
     panel.axvline(statistics.channels.moments.mean[channel], color="black", linewidth=1)
     if fit is not None and fit.kind == "limits" and "rot6d" not in CHANNEL_NAMES[channel]:
         field = fit.normalizer.field("action")
         for end in (-1, 1):
             panel.axvline((end - field.offset[channel]) / field.scale[channel], color="0.4", linestyle="--")
     panel.set_yscale("log")
-    panel.set_title(f"{channel} {CHANNEL_NAMES[channel]}", fontsize=10)
+    title = f"{channel} {CHANNEL_NAMES[channel]}"
+    if bins.out_of_range:
+        title += f", {bins.out_of_range} beyond ±{LARGEST:.1e}"
+        if bins.counts.size:
+            panel.set_xlim(bins.edges[0], bins.edges[-1])  # mean and limits may lie with those beyond
+    panel.set_title(title, fontsize=10)
     panel.tick_params(labelsize=7)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rdt2_data.converters.chunks import cut_chunks, select_frames
+from rdt2_data.converters.options import ChunkOptions
 from rdt2_data.converters.recording import CameraTrack, EpisodeRef, PoseTrack, Recording, WidthTrack
-from rdt2_data.problems import SampleError
+from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import RawSample
 from rdt2_data.shards.source import open_source
 from rdt2_data.synthetic import smooth_arm_motion
@@ -23,21 +25,29 @@ RATE_HZ = 30.0
 
 @dataclass(frozen=True)
 class SmallFrames:
-    """Images of `size` pixels that tell camera and index; those in `unreadable` raise, those in `black` are black."""
+    """Images of `size` pixels that tell camera and index; those in `black` are black.
+
+    Those in `unreadable` are yielded as problems or, as older readers do, raised.
+    """
 
     seed: int
     size: tuple[int, int] = (48, 64)
     unreadable: tuple[int, ...] = ()
     black: tuple[int, ...] = ()
+    raising: bool = False
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray | SampleError]:
         assert list(indices) == sorted(set(indices))
         for index in indices:
             if index in self.unreadable:
-                raise SampleError("corrupt-jpeg", where=f"image {index}")
-            yield (
-                np.zeros((*self.size, 3), np.uint8) if index in self.black else small_image(self.seed, index, self.size)
-            )
+                problem = SampleError("corrupt-jpeg", where=f"image {index}")
+                if self.raising:
+                    raise problem
+                yield problem
+            elif index in self.black:
+                yield np.zeros((*self.size, 3), np.uint8)
+            else:
+                yield small_image(self.seed, index, self.size)
 
 
 def small_image(seed: int, index: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -72,13 +82,14 @@ class SmallReader:
     size: tuple[int, int] = (48, 64)
     unreadable: tuple[int, ...] = ()
     version: str = "1"
+    raising: bool = False
 
     def episodes(self) -> list[EpisodeRef]:
         return [EpisodeRef(f"episode_{index}", index) for index in range(len(self.rows))]
 
     def load(self, episode: EpisodeRef) -> Recording:
         rows = self.rows[episode.index]
-        frames: dict[str, Any] = {"size": self.size, "unreadable": self.unreadable}
+        frames: dict[str, Any] = {"size": self.size, "unreadable": self.unreadable, "raising": self.raising}
         return smooth_recording(episode.name, episode.index, rows, start_s=100.0 * episode.index, **frames)
 
     def fingerprint(self) -> str:
@@ -105,3 +116,15 @@ def read_samples(folder: Path) -> list[RawSample]:
     samples = source.read(range(len(source)))
     assert not [sample for sample in samples if isinstance(sample, SampleError)]
     return [sample for sample in samples if isinstance(sample, RawSample)]
+
+
+def save_small_tokenizer(folder: Path) -> Path:
+    """The small published-format action tokenizer, with a normalizer fitted to smooth motion."""
+    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer, save_tokenizer
+    from rdt2_jax.actions.normalizer import LinearNormalizer
+
+    recording = smooth_recording(rows=200)
+    chunks = cut_chunks(recording, select_frames(recording, ChunkOptions(), Tally())).actions
+    published = load_tokenizer(Path(__file__).parent / "golden" / "rvq_tiny")
+    save_tokenizer(replace(published, normalizer=LinearNormalizer.fit_actions(chunks)), folder)
+    return folder

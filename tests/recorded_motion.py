@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from rdt2_data.problems import SampleError
 from scipy.spatial.transform import Rotation
 
 _BITS = 12
@@ -26,6 +28,14 @@ def coded_number(image: np.ndarray) -> int:
     bits = blocks[..., 0] > blocks[..., 2]
     assert (np.abs(blocks[..., 0] - blocks[..., 2]) > 100).all()
     return int(sum(int(bit) << position for position, bit in enumerate(bits.ravel())))
+
+
+def good_images(frames: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """The images of `Frames.read`; raises the first problem that comes in the place of one."""
+    for image in frames.read(indices):
+        if isinstance(image, SampleError):
+            raise image
+        yield image
 
 
 def motion(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ REASONS = {
     "bad-rotation": "a rot6d is no rotation",
     "bad-token": "an action token is outside the vocabulary",
     "bad-meta": "meta.json cannot be read",
-    "unknown-instruction": "the instruction key is not in the instructions",
+    "unknown-instruction": "there is no instruction, or its key is not in the instructions",
     "bad-conversation": "conversation.json cannot be read",
     "bad-time": "timestamps do not increase",
     "time-gap": "frames are missing: the time between two samples is too long",

@@ -29,6 +29,9 @@ IMAGE, ACTION, ACTION_TOKEN, META = "image.jpg", "action.npy", "action_token.npy
 STATE = "state.npy"
 """Proprioception, float32 (20,): not in the published shards, for fine-tuning with it."""
 
+GRIPPER_VALID = "gripper_valid"
+"""Entry of `meta.json`: {"right": bool, "left": bool}, whether each width was measured; absent: both were."""
+
 CONVERSATION = "conversation.json"
 """Of a question sample: {"turns": [{"question": ..., "answer": ...}, ...]}."""
 
@@ -207,6 +210,24 @@ def read_meta(raw: RawSample) -> dict[str, Any]:
         expected = f"an object with {INSTRUCTION_KEY}, a text or a whole number"
         raise SampleError("bad-meta", where=where, expected=expected, found=text[:80])
     return {**meta, INSTRUCTION_KEY: str(key)}
+
+
+def read_gripper_valid(meta: Mapping[str, Any], where: str) -> tuple[bool, bool]:
+    """Whether the widths of the right and of the left arm were measured.
+
+    Args:
+        meta: see `read_meta`.
+        where: of the sample, for messages.
+
+    Raises:
+        SampleError: "bad-meta".
+    """
+    stated = meta.get(GRIPPER_VALID, dict.fromkeys(ARM_NAMES, True))
+    known = isinstance(stated, dict) and set(stated) == set(ARM_NAMES)
+    if not known or not all(isinstance(value, bool) for value in stated.values()):
+        expected = '{"right": bool, "left": bool}'
+        raise SampleError("bad-meta", where=f"{where}, {META}, {GRIPPER_VALID}", expected=expected, found=stated)
+    return stated["right"], stated["left"]
 
 
 def read_conversation(raw: RawSample) -> tuple[Turn, ...]:

@@ -12,9 +12,10 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from mcap.exceptions import EndOfFile, McapError
 from mcap.records import Channel as ChannelRecord
-from mcap.records import Chunk, Footer, McapRecord, Message, Metadata
+from mcap.records import Chunk, Footer, McapRecord, Message, MessageIndex, Metadata
 from mcap.stream_reader import StreamReader, breakup_chunk
 from mcap.writer import Writer
 from zstandard import ZstdError
@@ -200,36 +201,112 @@ class EpisodeReader:
             DataError: an unknown topic, asked for or in the file, or a message that `MessageChecker` refuses; it names
                 the topic and the index. Messages of other topics are not looked at.
         """
-        channels = {topic: find_channel(topic, self.path) for topic in topics or CHANNELS}
-        rows: dict[str, list[dict[str, Any]]] = {topic: [] for topic in channels}
-        checker = MessageChecker()
-        for topic, data in self._messages():
-            if topic in rows:
-                where = f"{self.path}: {topic}, message {len(rows[topic])}"
-                time_s, values = decode_message(channels[topic], data, where)
-                rows[topic].append(checker.check(channels[topic], time_s, values, where))
-        return {topic: _series(channel, rows[topic]) for topic, channel in channels.items()}
+        names = topics or tuple(CHANNELS)
+        rows: dict[str, list[dict[str, Any]]] = {topic: [] for topic in names}
+        for topic, message in self.messages(*names):
+            rows[topic].append(message)
+        return {topic: _series(find_channel(topic, self.path), rows[topic]) for topic in names}
+
+    def messages(self, *topics: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The messages of some topics, in the order of recording; one at a time, so that images need no memory.
+
+        Args:
+            topics: keys of `CHANNELS`.
+
+        Returns:
+            Iterator of (topic, {"time_s": ..., field: value}).
+
+        Raises:
+            DataError: as `read`, an unknown topic at once and the others where they are met.
+        """
+        return self._checked_messages({topic: find_channel(topic, self.path) for topic in topics})
+
+    def pick(self, topic: str, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Some messages of one topic, in order; chunks that hold none of them stay packed, the end stays unread.
+
+        Args:
+            topic: a key of `CHANNELS`.
+            indices: positions among the messages of the topic, strictly increasing.
+
+        Returns:
+            Iterator of {"time_s": ..., field: value}, one for each index.
+
+        Raises:
+            DataError: an unknown topic or indices that do not increase, at once; a message that `MessageChecker`
+                refuses, or too few of them, where that is met.
+        """
+        channel, wanted = find_channel(topic, self.path), [int(index) for index in indices]
+        if any(following <= index for index, following in pairwise([-1, *wanted])):
+            where, expected = f"{self.path}: {topic}", "indices that increase, from 0"
+            raise DataError("messages cannot be picked in this order", where=where, expected=expected, found=wanted)
+        return self._picked_messages(channel, wanted)
 
     def channel(self, topic: str) -> Series:
         """The messages of one topic; see `read`."""
         return self.read(topic)[topic]
 
-    def _messages(self) -> Iterator[tuple[str, bytes]]:
-        """(topic, data) of each message, checksums verified."""
-        topics: dict[int, str] = {}
+    def _checked_messages(self, channels: dict[str, Channel]) -> Iterator[tuple[str, dict[str, Any]]]:
+        checker, counts, known = MessageChecker(), dict.fromkeys(channels, 0), {}
         for record in self._records():
-            if isinstance(record, Chunk):
-                with _damage_named(self.path):
-                    inner = breakup_chunk(record, validate_crc=True)
-            else:
-                inner = [record]
-            for item in inner:
-                if isinstance(item, ChannelRecord):
-                    topics[item.id] = find_channel(item.topic, self.path).topic
-                elif isinstance(item, Message):
-                    if item.channel_id not in topics:
-                        raise DataError("a message has no channel", where=self.path, found=f"id {item.channel_id}")
-                    yield topics[item.channel_id], item.data
+            for topic, data in self._unpacked(record, known):
+                if topic in channels:
+                    where = f"{self.path}: {topic}, message {counts[topic]}"
+                    time_s, values = decode_message(channels[topic], data, where)
+                    yield topic, checker.check(channels[topic], time_s, values, where)
+                    counts[topic] += 1
+
+    def _picked_messages(self, channel: Channel, wanted: list[int]) -> Iterator[dict[str, Any]]:
+        checker, known, position, done = MessageChecker(), {}, 0, 0
+        for record, counts in self._counted_records():
+            if done == len(wanted):
+                return
+            count = sum(number for channel_id, number in counts.items() if known.get(channel_id) == channel.topic)
+            if counts and counts.keys() <= known.keys() and position + count <= wanted[done]:
+                position += count
+                continue
+            for topic, data in self._unpacked(record, known):
+                if topic != channel.topic:
+                    continue
+                if done < len(wanted) and position == wanted[done]:
+                    where = f"{self.path}: {topic}, message {position}"
+                    time_s, values = decode_message(channel, data, where)
+                    yield checker.check(channel, time_s, values, where)
+                    done += 1
+                position += 1
+        if done < len(wanted):
+            where, expected = f"{self.path}: {channel.topic}", f"at least {wanted[-1] + 1} messages"
+            raise DataError("the episode holds too few messages", where=where, expected=expected, found=position)
+
+    def _unpacked(self, record: McapRecord, known: dict[int, str]) -> Iterator[tuple[str, bytes]]:
+        """(topic, data) of each message in a record, checksums verified; adds channels to `known` (id -> topic)."""
+        inner: list[McapRecord] = [record]
+        if isinstance(record, Chunk):
+            with _damage_named(self.path):
+                inner = breakup_chunk(record, validate_crc=True)
+        for item in inner:
+            if isinstance(item, ChannelRecord):
+                known[item.id] = find_channel(item.topic, self.path).topic
+            elif isinstance(item, Message):
+                if item.channel_id not in known:
+                    raise DataError("a message has no channel", where=self.path, found=f"id {item.channel_id}")
+                yield known[item.channel_id], item.data
+
+    def _counted_records(self) -> Iterator[tuple[McapRecord, dict[int, int]]]:
+        """Each record and, for a chunk, its messages by channel id as its index counts them; {} where that is unsure.
+
+        The index follows the chunk. The last record of a file that is cut off may lack a part of its index.
+        """
+        last: McapRecord | None = None
+        counts: dict[int, int] = {}
+        for record in self._records():
+            if isinstance(record, MessageIndex):
+                counts[record.channel_id] = len(record.records)
+                continue
+            if last is not None:
+                yield last, counts
+            last, counts = record, {}
+        if last is not None:
+            yield last, {}
 
     def _records(self) -> Iterator[McapRecord]:
         """Records of the file, chunks whole, up to its end or to where it is cut off."""

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rdt2_data.converters import chunks as chunks_module
 from rdt2_data.converters.chunks import AFTER, BEFORE, UNPAIRED, UNTOLD, cut_chunks, select_frames
 from rdt2_data.converters.options import ChunkOptions
-from rdt2_data.converters.recording import CameraTrack, PoseTrack, Recording, WidthTrack
+from rdt2_data.converters.recording import CameraTrack, PoseTrack, Recording, WidthTrack, require_increasing
 from rdt2_data.converters.tracks import interpolate_poses, interpolate_values
 from rdt2_data.problems import SampleError, Tally
 
@@ -298,6 +298,28 @@ def test_large_clocks_lose_no_frame() -> None:
     assert len(selection) == 36
 
 
+@pytest.mark.parametrize("start_s", [0.0, 100.0, 900.0])
+def test_times_stored_as_float32_lose_no_frame(start_s: float) -> None:
+    recording = smooth_recording(start_s=start_s)
+    poses, widths, cameras = (
+        {
+            name: replace(track, time_s=track.time_s.astype(np.float32).astype(np.float64))
+            for name, track in part.items()
+        }
+        for part in (recording.poses, recording.widths, recording.cameras)
+    )
+    starts = [(float(np.float32(start_s)), "Go.")]
+    rounded = replace(recording, poses=poses, widths=widths, cameras=cameras, instructions=starts)
+    options = ChunkOptions(max_gap_s=1 / 30)
+    assert len(select_frames(rounded, options, Tally(strict=True))) == 36
+
+
+def test_a_single_sample_lasts_as_long_as_its_stride() -> None:
+    selection = select_frames(smooth_recording(rows=60), ChunkOptions(every=50), Tally(strict=True))
+    assert len(selection) == 1
+    assert selection.frame_s == pytest.approx(50 / 30)
+
+
 # ------------------------------------------------------------------------------------------ bad recordings
 
 
@@ -320,6 +342,8 @@ def broken_tracks() -> dict[str, tuple[str, Recording]]:
     cases = {name: replace(recording, poses={**recording.poses, "right": track}) for name, track in poses.items()}
     broken_width = {**recording.widths, "left": replace(width, width=lost)}
     cases["not-finite, width"] = replace(recording, widths=broken_width)
+    cases["unknown-instruction, none"] = replace(recording, instructions=[])
+    cases["unknown-instruction, blank"] = replace(recording, instructions=[(0.0, "Go."), (0.5, " \n")])
     cases["bad-time"] = replace(recording, instructions=[(1.0, "Go."), (0.5, "Wait.")])
     return {name: (name.split(",")[0], case) for name, case in cases.items()}
 
@@ -337,6 +361,8 @@ def test_times_that_do_not_increase_are_named() -> None:
     recording = smooth_recording()
     time_s = recording.poses["right"].time_s.copy()
     time_s[5] = time_s[4]
-    with pytest.raises(SampleError, match="row 5") as caught:
+    with pytest.raises(SampleError, match=r"row 5, is 0\.1333\d* after 0\.1333") as caught:
         replace(recording, poses={**recording.poses, "right": replace(recording.poses["right"], time_s=time_s)})
     assert caught.value.reason == "bad-time"
+    with pytest.raises(SampleError, match="nan at row 3"):
+        require_increasing(np.array([0, 1, 2, np.nan]), "here")

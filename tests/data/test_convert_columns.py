@@ -122,8 +122,8 @@ def test_widths_are_scaled_once_and_in_their_unit():
     assert not unmeasured_widths(time_s).valid.any()
 
 
-def test_a_width_in_another_unit_is_noticed():
-    with pytest.raises(SampleError, match=r"row 1, is 40 \(recorded: 40\)") as caught:
-        width_track(WidthUnits(unit="policy"), np.arange(3.0), np.array([0.0, 40.0, 80.0]), "topic /gripper")
-    assert caught.value.reason == "out-of-range"
+def test_a_width_that_is_no_number_is_named():
+    with pytest.raises(SampleError, match="nan at row 1") as caught:
+        width_track(WidthUnits(unit="policy"), np.arange(3.0), np.array([0.0, np.nan, 80.0]), "topic /gripper")
+    assert caught.value.reason == "not-finite"
     assert "topic /gripper" in str(caught.value)

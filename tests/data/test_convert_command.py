@@ -15,11 +15,13 @@ import zarr
 from click.testing import CliRunner, Result
 from convert_sources import dataset_files, small_image
 from rdt2_data.converters.commands import convert
+from rdt2_data.problems import SampleError
 
-from rdt2_jax.errors import ConfigError, DataError
+from rdt2_jax.errors import ConfigError, DataError, Rdt2Error
 
 RAY = """
 import os, sys
+from contextlib import contextmanager
 from convert_sources import SmallReader
 from rdt2_data.converters.convert import convert
 from rdt2_data.converters.options import ConvertOptions
@@ -35,8 +37,14 @@ class Failing(SmallReader):
         return super().load(episode)
 
 class PlanOnly:
-    def run(self, jobs):
-        raise DataError("no place to run")
+    @contextmanager
+    def start(self, shared):
+        def run(jobs):
+            for job in jobs:
+                if job.name.startswith("shard"):
+                    raise DataError("no place to run")
+                yield job, job.perform(shared)
+        yield run
 
 def fails(runner):
     try:
@@ -74,7 +82,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images = np.stack([small_image(number, row, (96, 96)) for row in range(70)])
         images[40] = 0
         arrays = {
-            f"data/robot{number}_eef_pos": generator.normal(size=(70, 3)),
+            f"data/robot{number}_eef_pos": generator.uniform(-0.5, 0.5, (70, 3)),
             f"data/robot{number}_eef_rot_axis_angle": generator.normal(size=(70, 3)),
             f"data/robot{number}_gripper_width": generator.uniform(0, 0.088, (70, 1)),
             f"data/camera{number}_rgb": images,
@@ -86,7 +94,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(source: Path, destination: Path, *more: Any) -> list[Any]:
-    return ["--from", "umi-zarr", source, destination, "--instruction", "Pick up the cup.", "--workers", 1, *more]
+    return [
+        "--from",
+        "umi-zarr",
+        source,
+        destination,
+        "--instruction",
+        "Pick up the cup.",
+        "--fps",
+        30,
+        "--workers",
+        1,
+        *more,
+    ]
 
 
 def test_text_and_json(source: Path, tmp_path: Path) -> None:
@@ -95,6 +115,7 @@ def test_text_and_json(source: Path, tmp_path: Path) -> None:
     assert "21 samples in 3 shards" in result.output
     assert "left out: 48 frames after the last pose or width" in result.output
     assert "1 x blank-image" in result.output
+    assert "note: " not in result.output  # the images are square
     again = run(*arguments(source, tmp_path / "cups", "--samples-per-shard", 8, "--json"))
     report = json.loads(again.stdout)
     assert (report["samples"], report["planned"], report["made"]) == (21, 22, 0)
@@ -113,6 +134,25 @@ def test_options_reach_the_dataset(source: Path, tmp_path: Path) -> None:
         run(*arguments(source, tmp_path / "out"))
 
 
+def test_strict_stops_and_also_sees_what_an_earlier_start_counted(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="every pixel is"):
+        run(*arguments(source, tmp_path / "one", "--strict"))
+    run(*arguments(source, tmp_path / "one"))
+    with pytest.raises(DataError, match="an earlier start without --strict") as caught:
+        run(*arguments(source, tmp_path / "one", "--strict"))
+    assert "1 x blank-image" in str(caught.value)
+
+
+def test_verify_finds_shards_that_have_changed(source: Path, tmp_path: Path) -> None:
+    run(*arguments(source, tmp_path / "out"))
+    with open(tmp_path / "out" / "shard-000000.tar", "r+b") as file:
+        file.seek(5000)
+        file.write(b"rust")
+    for more, made in (([], 0), (["--verify"], 1)):
+        result = run(*arguments(source, tmp_path / "out", "--json", *more))
+        assert json.loads(result.stdout)["made"] == made
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -124,6 +164,7 @@ def test_options_reach_the_dataset(source: Path, tmp_path: Path) -> None:
         (["--crop-columns", "all"], "no range such as 61:1057"),
         (["--every", "0"], "--every"),
         (["--max-gap", "0"], "--max-gap"),
+        (["--pose-latency", "-0.1"], "--pose-latency"),
         (["--videos", "missing.json"], "does not exist"),
     ],
 )
@@ -140,9 +181,11 @@ def test_wrong_values_and_places(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such replay buffer"):
         run(*arguments(tmp_path / "missing", tmp_path / "out"))
     with pytest.raises(DataError, match="holds no instructions"):
-        run("--from", "umi-zarr", source, tmp_path / "out")
-    with pytest.raises(DataError, match="cannot be created"):
-        run(*arguments(source, tmp_path / "no" / "out"))
+        run("--from", "umi-zarr", source, tmp_path / "out", "--fps", 30)
+    (tmp_path / "file").touch()
+    with pytest.raises(Rdt2Error, match="cannot be created"):
+        run(*arguments(source, tmp_path / "file" / "out"))
+    assert run(*arguments(source, tmp_path / "out", "--camera-latency", "-1")).exit_code == 2
     assert run(source, tmp_path / "out").exit_code == 2
 
 

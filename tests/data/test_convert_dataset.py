@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,14 @@ from rdt2_data.converters.chunks import AFTER, cut_chunks, select_frames
 from rdt2_data.converters.convert import convert
 from rdt2_data.converters.options import ChunkOptions, ConvertOptions, ImageOptions
 from rdt2_data.converters.recording import CameraTrack, EpisodeRef, Recording
-from rdt2_data.converters.runners import LocalRunner
+from rdt2_data.converters.runners import LocalRunner, Shared
 from rdt2_data.converters.shard import ShardJob
 from rdt2_data.dataset_config import load_dataset
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import decode_image, read_action, read_action_token, read_meta
 from rdt2_data.shards.source import open_source
 
-from rdt2_jax.errors import DataError
+from rdt2_jax.errors import DataError, Rdt2Error
 
 HERE = LocalRunner(workers=1)
 TEN = ConvertOptions(name="small", samples_per_shard=10)
@@ -149,7 +152,7 @@ def test_processes_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"reader": SmallReader((40, 20, 45, 40), version="2")}, "fingerprint"),
+        ({"reader": SmallReader((40, 20, 45, 40), version="2")}, "the files of the source have changed"),
         ({"options": TEN.model_copy(update={"samples_per_shard": 11})}, "options.samples_per_shard: 10 before, 11 now"),
         ({"options": TEN.model_copy(update={"images": ImageOptions(jpeg_quality=90)})}, "options.images.jpeg_quality"),
         ({"settings": {"format": "other"}}, "settings.format: None before, 'other' now"),
@@ -169,11 +172,52 @@ def test_strict_may_change_between_starts(made: Path) -> None:
     assert convert(SmallReader((40, 20, 45, 40)), made, strict, runner=HERE).made == 0
 
 
+def test_verify_reads_finished_shards_again(made: Path, tmp_path: Path) -> None:
+    folder, reader = tmp_path / "dataset", SmallReader((40, 20, 45, 40))
+    shutil.copytree(made, folder)
+    with open(folder / "shard-000002.tar", "r+b") as file:
+        file.seek(5000)
+        file.write(b"one bit of rust")
+    assert convert(reader, folder, TEN, runner=HERE).made == 0  # the size is right
+    assert convert(reader, folder, TEN, runner=HERE, verify=True).made == 1
+    assert dataset_files(folder) == dataset_files(made)
+    assert convert(reader, folder, TEN, runner=HERE, verify=True).made == 0
+
+
+def test_a_dataset_that_is_being_made_again_has_no_manifest(made: Path, tmp_path: Path) -> None:
+    folder, reader = tmp_path / "dataset", SmallReader((40, 20, 45, 40))
+    shutil.copytree(made, folder)
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match="no place"):
+        convert(reader, folder, TEN, runner=NoPlace())
+    assert not (folder / "manifest.json").exists()
+    assert convert(reader, folder, TEN, runner=HERE).made == 1
+    assert dataset_files(folder) == dataset_files(made)
+
+
+def test_only_leftovers_of_ours_are_removed_and_only_from_our_own_conversion(made: Path, tmp_path: Path) -> None:
+    folder, reader = tmp_path / "dataset", SmallReader((40, 20, 45, 40))
+    shutil.copytree(made, folder)
+    ours = [".shard-000001.tar.0123456789abcdef.tmp", ".shard-000001.tar.idx.0123456789abcdef.tmp",
+            ".manifest.json.0123456789abcdef.tmp", "manifest/.shard-000001.json.0123456789abcdef.tmp"]  # fmt: skip
+    others = [".thesis.tex.0123456789abcdef.tmp", ".shard-000001.tar.0123456789abcdef.old", ".shard-000001.tar.tmp",
+              "manifest/.shard-000001.tar.0123456789abcdef.tmp"]  # fmt: skip
+    for name in ours + others:
+        (folder / name).touch()
+    with pytest.raises(DataError, match="another source"):
+        convert(replace(reader, version="2"), folder, TEN, runner=HERE)
+    assert all((folder / name).exists() for name in ours)
+    convert(reader, folder, TEN, runner=HERE)
+    assert not any((folder / name).exists() for name in ours)
+    assert all((folder / name).exists() for name in others)
+
+
 # -------------------------------------------------------------------------------------------- problems
 
 
-def test_unreadable_images_are_counted_and_missing(tmp_path: Path) -> None:
-    reader = SmallReader((40, 40), unreadable=(3, 4, 11))
+@pytest.mark.parametrize("raising", [False, True])
+def test_unreadable_images_are_counted_and_missing(tmp_path: Path, raising: bool) -> None:
+    reader = SmallReader((40, 40), unreadable=(3, 4, 11), raising=raising)
     report = convert(reader, tmp_path / "dataset", TEN, runner=HERE)
     assert (report.planned, report.samples) == (32, 26)
     assert report.problems.counts() == {"corrupt-jpeg": 6}
@@ -265,30 +309,17 @@ def test_a_shard_that_fails_is_named_and_the_others_are_made(tmp_path: Path, wor
 
 
 class NoPlace:
-    """A runner that cannot run."""
+    """A runner that can plan, but make no shards."""
 
-    def run(self, jobs: Any) -> Any:
-        raise DataError("no place to run")
+    @contextmanager
+    def start(self, shared: Shared) -> Iterator[Any]:
+        def run(jobs: Any) -> Any:
+            for job in jobs:
+                if isinstance(job, ShardJob):
+                    raise DataError("no place to run")
+                yield job, job.perform(shared)
 
-
-class DyingRunner(LocalRunner):
-    """Its workers end without a word."""
-
-    def run(self, jobs: Any) -> Any:
-        return super().run(DyingJob(**vars(job)) for job in jobs)
-
-
-class DyingJob(ShardJob):
-    """Kills the process that unpickles it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os._exit, (3,)
-
-
-def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="shards could not be made") as caught:
-        convert(SmallReader((60,)), tmp_path / "dataset", TEN, runner=DyingRunner(workers=2))
-    assert "a worker process died" in str(caught.value)
+        yield run
 
 
 def test_a_source_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -310,8 +341,8 @@ def test_places_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    for name, what in (("a/b", "cannot be created"), ("file", "is a file"), ("full", "not of a conversion")):
-        with pytest.raises(DataError, match=what):
+    for name, what in (("file/b", "cannot be created"), ("file", "is a file"), ("full", "not of a conversion")):
+        with pytest.raises(Rdt2Error, match=what):
             convert(reader, tmp_path / name, TEN, runner=HERE)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
@@ -341,7 +372,8 @@ def test_a_plan_that_cannot_be_read_and_a_source_without_samples(tmp_path: Path)
     with pytest.raises(DataError, match="the plan cannot be read"):
         convert(SmallReader((40,)), tmp_path / "dataset", TEN, runner=HERE)
     with pytest.raises(DataError, match="not a single sample") as caught:
-        convert(SmallReader((20, 24)), tmp_path / "short", TEN, runner=HERE)
+        convert(SmallReader((20, 24)), tmp_path / "short", TEN, runner=HERE, where="/recordings/short")
+    assert "where: /recordings/short" in str(caught.value)
     assert f"44 frames {AFTER}" in str(caught.value)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,11 @@ from rdt2_data.converters.options import ChunkOptions, ConvertOptions, Latencies
 from rdt2_data.converters.runners import LocalRunner
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.synthetic import smooth_chunks
+from recorded_motion import good_images
 
 from rdt2_jax.actions.chunks import PolicyFrames, RobotName, chunk_to_tcp
-from rdt2_jax.actions.episode import EpisodeWriter
-from rdt2_jax.actions.episode_schema import EpisodeMetadata
+from rdt2_jax.actions.episode import EpisodeReader, EpisodeWriter
+from rdt2_jax.actions.episode_schema import CHANNELS, EpisodeMetadata
 from rdt2_jax.actions.layout import ARM_NAMES, CAMERA_NAMES, ArmName
 from rdt2_jax.actions.poses import compose, make_pose, matrix_to_pose7
 from rdt2_jax.actions.rotations import rotvec_to_matrix
@@ -90,7 +94,7 @@ def test_the_commanded_chunk_comes_back(tmp_path: Path, robot: RobotName) -> Non
     assert selection.right_frame.tolist() == [0]
     np.testing.assert_allclose(cut_chunks(recording, selection).actions[0], actions, atol=1e-6)
     for camera in CAMERA_NAMES:
-        images = list(recording.cameras[camera].frames.read([2, 5]))
+        images = list(good_images(recording.cameras[camera].frames, [2, 5]))
         for step, image in zip((2, 5), images, strict=True):
             expected = small_image(CAMERA_NAMES.index(camera), step, (64, 64)).astype(int)
             assert np.abs(image.astype(int) - expected).max() < 12
@@ -130,8 +134,6 @@ def test_a_folder_with_an_interrupted_and_a_damaged_recording(tmp_path: Path) ->
 
 def test_an_image_that_cannot_be_decoded_is_counted(tmp_path: Path) -> None:
     record(tmp_path / "one.mcap")
-    from rdt2_jax.actions.episode import EpisodeReader
-
     whole = EpisodeReader(tmp_path / "one.mcap").read()
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -145,6 +147,62 @@ def test_an_image_that_cannot_be_decoded_is_counted(tmp_path: Path) -> None:
     options = ConvertOptions(chunks=ChunkOptions(at_end="hold"))
     report = convert(EpisodesReader(damaged), tmp_path / "out", options, runner=HERE)
     assert (report.samples, report.problems.counts()) == (24, {"corrupt-jpeg": 1})
+    reader = EpisodesReader(damaged)
+    before, problem, after = reader.load(reader.episodes()[0]).cameras["left_wrist"].frames.read([3, 4, 5])
+    assert isinstance(problem, SampleError)
+    assert "/left_wrist/image, message 4" in str(problem)
+    assert isinstance(before, np.ndarray)
+    assert isinstance(after, np.ndarray)
+
+
+def rerecord(path: Path, repeated: Callable[[str, dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Writes the episode again, with another message of the same time after each for which there is one."""
+    reader = EpisodeReader(path)
+    messages = list(reader.messages(*CHANNELS))
+    path.unlink()
+    with EpisodeWriter(path, reader.metadata) as writer:
+        for topic, message in messages:
+            time_s = message.pop("time_s")
+            writer.append(topic, time_s, **message)
+            if (again := repeated(topic, message)) is not None:
+                writer.append(topic, time_s, **again)
+
+
+def test_exact_repeats_are_left_out_and_told(tmp_path: Path) -> None:
+    record(tmp_path / "one.mcap")
+    source = EpisodesReader(tmp_path / "one.mcap")
+    once = source.load(source.episodes()[0])
+    rerecord(tmp_path / "one.mcap", lambda topic, message: message if "/measured/" in topic else None)
+    reader = EpisodesReader(tmp_path / "one.mcap")
+    recording = reader.load(reader.episodes()[0])
+    for arm in ARM_NAMES:
+        assert np.array_equal(recording.poses[arm].time_s, once.poses[arm].time_s)
+        assert np.array_equal(recording.poses[arm].pose_world_policy, once.poses[arm].pose_world_policy)
+        assert np.array_equal(recording.widths[arm].width, once.widths[arm].width)
+    assert reader.notes == {"one": "100 exact repeats of poses and widths were left out"}
+    assert source.notes == {}
+
+
+def test_two_values_at_one_time_are_refused(tmp_path: Path) -> None:
+    record(tmp_path / "one.mcap")
+    rerecord(tmp_path / "one.mcap", lambda topic, message: {"width_m": 0.01} if topic.endswith("gripper") else None)
+    with pytest.raises(SampleError, match="widths of right") as caught:
+        EpisodesReader(tmp_path).load(EpisodesReader(tmp_path).episodes()[0])
+    assert caught.value.reason == "bad-time"
+
+
+def test_files_are_looked_for_once_and_images_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "one.mcap")
+    record(tmp_path / "two.mcap")
+    reader = EpisodesReader(tmp_path)
+    episodes = reader.episodes()
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("looked for again"))
+    copy = pickle.loads(pickle.dumps(reader))
+    recording = copy.load(episodes[1])
+    assert (copy.episodes(), recording.name) == (episodes, "two")
+    assert b"\xff\xd8\xff" not in pickle.dumps(recording)  # the beginning of every JPEG file
+    images = pickle.loads(pickle.dumps(recording)).cameras["left_wrist"].frames
+    assert [image.shape for image in good_images(images, [3, 20])] == [(64, 64, 3)] * 2
 
 
 def test_sources_and_latencies_that_make_no_sense(tmp_path: Path) -> None:
@@ -160,4 +218,8 @@ def test_sources_and_latencies_that_make_no_sense(tmp_path: Path) -> None:
     assert recording.poses["right"].time_s[0] == pytest.approx(START_S - 0.01)
     assert recording.widths["right"].time_s[0] == pytest.approx(START_S - 0.02)
     assert recording.cameras["right_wrist"].time_s[0] == START_S
+    assert reader.fingerprint() == EpisodesReader(tmp_path).fingerprint()
+    assert reader.settings()["latencies"] == {"camera_s": 0.0, "pose_s": 0.01, "gripper_s": 0.02}
+    assert reader.settings()["options"] == {"robot": None}
+    record(tmp_path / "two.mcap")
     assert reader.fingerprint() != EpisodesReader(tmp_path).fingerprint()

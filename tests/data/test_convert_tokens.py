@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_sources import SmallReader, read_samples, smooth_recording
+from convert_sources import SmallReader, read_samples, save_small_tokenizer
 from rdt2_data.converters import tokens as tokens_module
-from rdt2_data.converters.chunks import cut_chunks, select_frames
 from rdt2_data.converters.convert import convert
-from rdt2_data.converters.options import ChunkOptions, ConvertOptions
+from rdt2_data.converters.options import ConvertOptions
 from rdt2_data.converters.recording import EpisodeRef, Recording, WidthTrack
 from rdt2_data.converters.runners import LocalRunner
 from rdt2_data.converters.tokens import Tokenizing
-from rdt2_data.problems import Tally
 from rdt2_data.samples import read_action, read_action_token, read_meta
 
 from rdt2_jax.errors import DataError
@@ -39,15 +38,7 @@ class HalfMeasured(SmallReader):
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rdt2_jax.action_tokenizer.checkpoint import load_tokenizer, save_tokenizer
-    from rdt2_jax.actions.normalizer import LinearNormalizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    recording = smooth_recording(rows=200)
-    chunks = cut_chunks(recording, select_frames(recording, ChunkOptions(), Tally())).actions
-    published = load_tokenizer(Path(__file__).parents[1] / "golden" / "rvq_tiny")
-    save_tokenizer(replace(published, normalizer=LinearNormalizer.fit_actions(chunks)), folder)
-    return folder
+    return save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_tokens_are_those_of_the_tokenizer(
@@ -83,3 +74,32 @@ def test_tokens_need_a_whole_checkpoint(tokenizer_folder: Path, tmp_path: Path) 
     (tmp_path / "config.json").unlink()
     with pytest.raises(DataError, match="missing"):
         convert(SmallReader((40,)), tmp_path / "two", TEN, tokenizing=Tokenizing(tmp_path), runner=HERE)
+
+
+@dataclass(frozen=True)
+class OneRowUnmeasured(SmallReader):
+    """The right width of its second episode was not measured at row 30."""
+
+    def load(self, episode: EpisodeRef) -> Recording:
+        recording = super().load(episode)
+        track = recording.widths["right"]
+        valid = np.arange(len(track.time_s)) != (30 if episode.index == 1 else -1)
+        return replace(recording, widths={**recording.widths, "right": replace(track, valid=valid)})
+
+
+def test_unmeasured_widths_and_image_sizes_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "dataset"  # its parents are created
+    report = convert(OneRowUnmeasured((40, 40)), folder, TEN, runner=HERE)
+    assert report.gripper_unmeasured == 10  # frames 6 to 15 of 16
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["gripper_unmeasured"] == 10
+    assert manifest["image_sizes"] == {"64x48": 64}
+    (note,) = manifest["image_notes"]
+    assert note.startswith("64x48 pixels became a square")
+    assert report.image_notes == [note]
+    card = (folder / "README.md").read_text()
+    assert "| samples without a measured gripper width | 10 |" in card
+    assert "| source images | 64 of 64x48 |" in card
+    assert note in card
+    marked = [read_meta(sample).get("gripper_valid") for sample in read_samples(folder)]
+    assert marked == [None] * 22 + [{"right": False, "left": True}] * 10

@@ -265,6 +265,23 @@ def test_samples_without_tokens(tmp_path):
     assert np.array_equal(batch.state[:, 0], batch.sample[:, 1])
 
 
+def test_unmeasured_widths_are_told(tmp_path):
+    def make(number):
+        stated = {"gripper_valid": {"right": False, "left": True}} if number == 3 else {}
+        return sample(number, meta=stated)
+
+    (batch,) = take(stream(write_dataset(tmp_path / "x", make=make), 10, epochs=1), 1)
+    rows = batch.sample[:, 1]
+    assert np.array_equal(batch.gripper_valid, np.stack([rows != 3, np.ones(10, bool)], axis=1))
+    for wrong in ({"right": 1, "left": True}, {"right": True}, True):
+        file = write_dataset(
+            tmp_path / "y", make=lambda n, w=wrong: sample(n, meta={"gripper_valid": w} if n == 3 else {})
+        )
+        found = stream(file, 10, epochs=1)
+        take(found, 1)
+        assert found.tally.counts() == {"bad-meta": 1}
+
+
 def test_both_containers_give_the_same_samples(dataset, tmp_path):
     pack(dataset.parent / "shards", tmp_path / "records", PackOptions("array_record", 5))
     document = yaml.safe_load(dataset.read_text()) | {"shards_dir": str(tmp_path / "records")}

@@ -10,6 +10,7 @@ Source of the layout: the RDT2 paper (arXiv 2602.03310) and its public code.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,16 @@ import numpy as np
 from rdt2_data.converters.options import ChunkOptions
 from rdt2_data.converters.recording import PoseTrack, Recording, WidthTrack
 from rdt2_data.converters.tracks import (
-    TIME_TOLERANCE_S,
+    MAX_REACH_M,
+    WIDTH_LIMITS,
     any_between,
     bracket,
+    farthest_m,
+    implausible_widths,
     interpolate_poses,
     interpolate_values,
     rows_within,
+    time_tolerance_s,
 )
 from rdt2_data.problems import SampleError, Tally
 from rdt2_jax.actions.chunks import absolute_to_relative_chunk
@@ -88,21 +93,23 @@ class Chunks:
 def select_frames(recording: Recording, options: ChunkOptions, tally: Tally) -> Selection:
     """Chooses the frames that become samples; looks at times only, never at images.
 
-    Frames whose images are too far apart ("camera-skew") or whose window has a hole ("time-gap") go to the tally.
+    Frames whose images are too far apart ("camera-skew"), or whose window has a hole ("time-gap") or values that cannot
+    be meant ("out-of-range"), go to the tally.
 
     Raises:
-        SampleError: tracks that cannot be used ("wrong-shape", "not-finite", "bad-rotation"), or whatever a strict
-            tally does not accept.
+        SampleError: tracks that cannot be used ("wrong-shape", "not-finite", "bad-rotation"), no instruction or a blank
+            one ("unknown-instruction"), or whatever a strict tally does not accept.
     """
     check_tracks(recording)
     frames = np.arange(0, len(recording.cameras[REFERENCE].time_s), options.every)
     time_s = recording.cameras[REFERENCE].time_s[frames]
     other_s = recording.cameras[OTHER].time_s
+    tolerance_s = time_tolerance_s(time_s, other_s)
     nearest = _nearest(other_s, time_s)
     skew_s = np.abs(other_s[nearest] - time_s)
-    told = np.searchsorted([start for start, _ in recording.instructions], time_s + TIME_TOLERANCE_S, side="right") - 1
+    told = np.searchsorted([start for start, _ in recording.instructions], time_s + tolerance_s, side="right") - 1
 
-    far = skew_s > options.max_skew_s + TIME_TOLERANCE_S
+    far = skew_s > options.max_skew_s + tolerance_s
     unpaired = far & ((time_s < other_s[0]) | (time_s > other_s[-1]))
     anchors_s: dict[ArmName, np.ndarray] = {"right": time_s, "left": other_s[nearest]}
     before, after = _outside(recording, anchors_s, hold=options.at_end == "hold")
@@ -119,7 +126,19 @@ def select_frames(recording: Recording, options: ChunkOptions, tally: Tally) -> 
         expected = f"at most {options.max_gap_s:g} s between rows"
         tally.add(SampleError("time-gap", where=f"{_where(recording, frames[row])}, {track}", expected=expected))
         keep[row] = False
-    frame_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else 0.0
+    for row, expected, found in _implausible(recording, anchors_s, keep):
+        tally.add(
+            SampleError(
+                "out-of-range",
+                where=_where(recording, frames[row]),
+                expected=expected,
+                found=found,
+                fix="look at the units of the source: this is nearly always one of them",
+            )
+        )
+        keep[row] = False
+    all_s = recording.cameras[REFERENCE].time_s
+    frame_s = float(np.median(np.diff(all_s))) * options.every if len(all_s) > 1 else 0.0
     return Selection(frames[keep], nearest[keep], told[keep], frame_s, {name: n for name, n in left_out.items() if n})
 
 
@@ -141,8 +160,9 @@ def _outside(
     for arm, anchor_s in anchors_s.items():
         last_s = anchor_s if hold else anchor_s + _DUE_S[-1]
         for track in (recording.poses[arm], recording.widths[arm]):
-            before |= anchor_s < track.time_s[0] - TIME_TOLERANCE_S
-            after |= last_s > track.time_s[-1] + TIME_TOLERANCE_S
+            tolerance_s = time_tolerance_s(track.time_s, anchor_s)
+            before |= anchor_s < track.time_s[0] - tolerance_s
+            after |= last_s > track.time_s[-1] + tolerance_s
     return before, after & ~before
 
 
@@ -153,11 +173,35 @@ def _gaps(
     found: dict[int, str] = {}
     for arm, anchor_s in anchors_s.items():
         for name, track in ((f"{arm} poses", recording.poses[arm]), (f"{arm} widths", recording.widths[arm])):
-            is_gap = np.diff(track.time_s) > max_gap_s + TIME_TOLERANCE_S
+            is_gap = np.diff(track.time_s) > max_gap_s + time_tolerance_s(track.time_s)
             first, last = rows_within(track.time_s, anchor_s, anchor_s + _DUE_S[-1])
             for row in np.flatnonzero(keep & any_between(is_gap, first, last)):
                 found.setdefault(int(row), name)
     return sorted(found.items())
+
+
+def _implausible(
+    recording: Recording, anchors_s: dict[ArmName, np.ndarray], keep: np.ndarray
+) -> list[tuple[int, str, str]]:
+    """(row, expected, found) for the frames whose window holds values of another unit; each frame once."""
+    problems: dict[int, tuple[str, str]] = {}
+    kept = np.flatnonzero(keep)
+    low, high = WIDTH_LIMITS
+    for arm, anchor_s in anchors_s.items():
+        poses, widths = recording.poses[arm], recording.widths[arm]
+        wrong = implausible_widths(widths)
+        first, last = rows_within(widths.time_s, anchor_s[kept], anchor_s[kept] + _DUE_S[-1])
+        for place in np.flatnonzero(any_between(wrong, first, last + 1)):
+            width = widths.width[first[place] : last[place] + 1][wrong[first[place] : last[place] + 1]][0]
+            found = f"a width of {width:.4g} ({arm}; a wrong unit?)"
+            problems.setdefault(int(kept[place]), (f"widths of {low} to {high} policy units", found))
+        for start in range(0, len(kept), _BLOCK):
+            rows = kept[start : start + _BLOCK]
+            reach_m = farthest_m(poses, anchor_s[rows], anchor_s[rows, None] + _DUE_S)
+            for place in np.flatnonzero(reach_m > MAX_REACH_M):
+                found = f"{reach_m[place]:.4g} ({arm}; millimetres?)"
+                problems.setdefault(int(rows[place]), (f"a hand that stays within {MAX_REACH_M:g} m in 0.8 s", found))
+    return [(row, *problem) for row, problem in sorted(problems.items())]
 
 
 # ------------------------------------------------------------------------------------------------ cutting
@@ -200,17 +244,30 @@ def _filled(track: WidthTrack) -> np.ndarray:
 
 
 def check_tracks(recording: Recording) -> None:
-    """Raises SampleError for arrays that do not belong together, numbers that are none, or matrices that are no poses.
+    """Raises SampleError for arrays that do not belong together, numbers that are none, matrices that are no poses, or
+    instructions that say nothing.
 
     A width may be NaN where it is marked as not measured.
     """
     for arm in ARM_NAMES:
         _check_poses(recording.poses[arm], f"{recording.name}, poses of {arm}")
         _check_widths(recording.widths[arm], f"{recording.name}, widths of {arm}")
-    starts = [start for start, _ in recording.instructions]
+    _check_instructions(recording.instructions, f"{recording.name}, instructions")
+
+
+def _check_instructions(instructions: Sequence[tuple[float, str]], where: str) -> None:
+    starts = [start for start, _ in instructions]
     if not np.isfinite(starts).all() or starts != sorted(starts):
-        where = f"{recording.name}, instructions"
         raise SampleError("bad-time", where=where, expected="times that increase", found=starts[:5])
+    blank = [start for start, sentence in instructions if not sentence.strip()]
+    if blank or not instructions:
+        raise SampleError(
+            "unknown-instruction",
+            what="the recording does not say what is being done",
+            where=where,
+            expected="a sentence",
+            found=f"a blank one at {float(blank[0]):g} s" if blank else "none",
+        )
 
 
 def _check_poses(track: PoseTrack, where: str) -> None:

@@ -1,8 +1,9 @@
 """From recorded numbers to poses and widths: what a mapping says of frames, rotations and units, applied and checked.
 
 A column is an array with one row per time; where it came from (a Parquet column, the fields of a message) is not known
-here. Numbers that cannot be meant (a quaternion of norm 3, a gripper 40 units wide) are refused: they are nearly always
-the wrong column or the wrong unit, and a policy would learn them.
+here. Numbers that are no rotation (a quaternion of norm 3) are refused: they are nearly always the wrong column or the
+wrong format, and a policy would learn them. Whether widths and positions are plausible is looked at for all formats
+alike, see `rdt2_data.converters.tracks`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pydantic
 from rdt2_data.converters.recording import PoseTrack, WidthTrack, require_increasing
 from rdt2_data.problems import SampleError
 from rdt2_jax.actions.chunks import PolicyFrames, RobotName, real_m_to_policy_width
-from rdt2_jax.actions.layout import MAX_POLICY_WIDTH, ArmName
+from rdt2_jax.actions.layout import ArmName
 from rdt2_jax.actions.poses import make_pose, pose7_to_matrix
 from rdt2_jax.actions.rotations import matrix_to_quaternion, quaternion_to_matrix, rot6d_to_matrix, rotvec_to_matrix
 from rdt2_jax.config import FrozenConfig
@@ -47,10 +48,6 @@ _ROTATION_TOLERANCE = 1e-2
 decimals pass, numbers that mean something else do not. Our choice."""
 
 _POSITION_SCALE_M = {"m": 1.0, "mm": 1e-3}
-
-_WIDTH_LIMITS = (-MAX_POLICY_WIDTH, 2 * MAX_POLICY_WIDTH)
-"""Widths [policy units] outside of it are no gripper's: the wrong unit or column. Wide enough for any offset of a real
-calibration. Our choice."""
 
 
 class PoseFrame(FrozenConfig):
@@ -110,24 +107,10 @@ class WidthUnits(FrozenConfig):
         """Policy widths (T,) of recorded numbers (T,).
 
         Raises:
-            SampleError: "not-finite", or "out-of-range" for widths that no gripper has.
+            SampleError: "not-finite".
         """
         width = require_finite(numbers, where) * self.scale + self.offset
-        if self.unit == "real_m":
-            width = real_m_to_policy_width(width)
-        low, high = _WIDTH_LIMITS
-        wrong = np.flatnonzero((width < low) | (width > high))
-        if wrong.size:
-            row = int(wrong[0])
-            raise SampleError(
-                "out-of-range",
-                what="no gripper is that wide",
-                where=where,
-                expected=f"{low} to {high} policy units",
-                found=f"{wrong.size} others; the first, row {row}, is {width[row]:.4g} (recorded: {numbers[row]:.4g})",
-                fix="look at scale, offset and unit in the mapping",
-            )
-        return width
+        return real_m_to_policy_width(width) if self.unit == "real_m" else width
 
 
 # ------------------------------------------------------------------------------------------------- tracks
@@ -147,7 +130,7 @@ def width_track(units: WidthUnits, time_s: np.ndarray, numbers: np.ndarray, wher
     """The track of one gripper from recorded numbers (T,) at times (T,).
 
     Raises:
-        SampleError: "bad-time", "not-finite" or "out-of-range".
+        SampleError: "bad-time" or "not-finite".
     """
     require_increasing(time_s, where)
     width = units.policy_width(numbers, where)

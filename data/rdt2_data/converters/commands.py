@@ -93,14 +93,16 @@ _SECONDS = click.FloatRange(0)
     "Source",
     _option("--from", "source_format", type=click.Choice(FORMATS), required=True, help="Format of SRC."),
     _option("--mapping", type=click.Path(path_type=Path), help="lerobot, rosbag: YAML that says which column is what."),
-    _option("--fps", type=click.FloatRange(0, min_open=True), help="umi-zarr: rows in a second, without timestamps."),
+    _option(
+        "--fps", type=click.FloatRange(0, min_open=True), help="umi-zarr: rows in a second; needed without timestamps."
+    ),
     _option("--instruction", help="umi-zarr: the sentence of all episodes."),
     _option("--instructions", type=_FILE, help="umi-zarr: JSON list with an entry for each episode."),
     _option("--videos", type=_FILE, help="umi-zarr: JSON list of the videos (default: videos.json beside SRC)."),
     _option("--robot", type=click.Choice(["ur5e", "fr3"]), help="episodes: instead of the robot named in the files."),
-    _option("--camera-latency", type=float, default=0.0, show_default=True, help="s, off stamps of images."),
-    _option("--pose-latency", type=float, default=0.0, show_default=True, help="s, off stamps of poses."),
-    _option("--gripper-latency", type=float, default=0.0, show_default=True, help="s, off stamps of widths."),
+    _option("--camera-latency", type=_SECONDS, default=0.0, show_default=True, help="s, off stamps of images."),
+    _option("--pose-latency", type=_SECONDS, default=0.0, show_default=True, help="s, off stamps of poses."),
+    _option("--gripper-latency", type=_SECONDS, default=0.0, show_default=True, help="s, off stamps of widths."),
 )
 @_group(
     "Samples",
@@ -136,6 +138,7 @@ _SECONDS = click.FloatRange(0)
 @_group(
     "Work",
     _option("--workers", type=click.IntRange(1), help="Processes (default: all cores)."),
+    _option("--verify", is_flag=True, help="Check finished shards by checksum, not by size alone."),
     _option("--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True),
     _option("--ray-address", help="Of a Ray cluster that shares SRC and DST (default: start Ray here)."),
 )
@@ -161,10 +164,12 @@ def convert(source: Path, destination: Path, source_format: str, name: str | Non
         reader,
         destination,
         _options(name or destination.absolute().name, given),
-        settings={"format": source_format, "latencies": latencies.model_dump()},
+        settings={"format": source_format},
         tokenizing=given["tokenizer"] and Tokenizing(given["tokenizer"], given["tokenizer_normalizer"]),
         runner=_runner(given),
         hide=str(source.parent),
+        where=source,
+        verify=given["verify"],
     )
     if as_json:
         print_json({"out": str(destination), **report.to_json()})
@@ -234,5 +239,9 @@ def _print_report(destination: Path, report: ConversionReport) -> None:
         click.echo(f"left out: {count} frames {edge}")
     for episode, note in report.notes.items():
         click.echo(f"{episode}: {note}")
+    for note in report.image_notes:
+        click.echo(f"note: {note}")
+    if report.gripper_unmeasured:
+        click.echo(f"{report.gripper_unmeasured} samples have no measured width of a gripper")
     if report.problems.total:
         click.echo(report.problems.text())

@@ -5,33 +5,35 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rdt2_data.converters.failures import Failures, disk_errors_stop
 from rdt2_data.converters.manifest import (
     ENTRIES,
     TOKENS,
     ShardEntry,
+    image_notes,
     is_ours,
     read_entry,
     remove_leftovers,
+    remove_manifest,
     shard_name,
     write_dataset,
 )
 from rdt2_data.converters.options import ConvertOptions
-from rdt2_data.converters.plan import Plan, Source, make_plan, read_plan, write_plan
+from rdt2_data.converters.plan import Plan, Source, read_plan, refuse_kept_problems, source_settings, write_plan
+from rdt2_data.converters.planning import PARTIAL_FILE, make_plan
 from rdt2_data.converters.recording import RecordingReader
-from rdt2_data.converters.runners import LocalRunner, Runner
-from rdt2_data.converters.shard import ShardJob, hidden_paths, make_shard
+from rdt2_data.converters.runners import LocalRunner, Run, Runner, Shared
+from rdt2_data.converters.shard import ShardJob
 from rdt2_data.converters.tokens import Tokenizing
 from rdt2_data.problems import SampleError, Tally
 from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import make_folder
 from rdt2_jax.progress import progress_bar
-
-__all__ = ["ConversionReport", "convert", "make_shard"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,10 @@ class ConversionReport:
         planned: samples that the plan foresaw.
         made: shards made by this run; the others were finished before.
         instructions: number of sentences.
+        gripper_unmeasured: samples behind which a width was not measured.
         left_out: edge of the recordings -> number of frames, see `chunks`.
         notes: episode -> what its reader had to say.
+        image_notes: what there is to say about the shapes of the source images.
         problems: all of them, by reason.
     """
 
@@ -55,14 +59,16 @@ class ConversionReport:
     planned: int
     made: int
     instructions: int
+    gripper_unmeasured: int
     left_out: dict[str, int]
     notes: dict[str, str]
+    image_notes: list[str]
     problems: Tally
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        names = ("samples", "shards", "bytes", "seconds", "planned", "made", "instructions", "left_out", "notes")
-        return {name: getattr(self, name) for name in names} | {"problems": self.problems.report()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"problems": self.problems.report()}
 
 
 def convert(
@@ -74,40 +80,51 @@ def convert(
     tokenizing: Tokenizing | None = None,
     runner: Runner | None = None,
     hide: str = "",
+    where: object = "the source",
+    verify: bool = False,
 ) -> ConversionReport:
     """Turns recordings into a dataset of shards, or goes on with a conversion that was stopped.
 
     Args:
         reader: the source.
-        destination: folder of the dataset; its parent must exist.
+        destination: folder of the dataset; it is created with its parents.
         options: what is in the dataset.
-        settings: format and options of the reader (JSON), compared when a conversion goes on.
+        settings: format and options of the reader (JSON), compared when a conversion goes on, together with those that
+            the reader itself names.
         tokenizing: adds action tokens.
-        runner: who makes the shards, by default all cores of this machine.
+        runner: who does the work, by default all cores of this machine.
         hide: folder of the source, left away from paths in messages that become part of the dataset.
+        where: name of the source, for messages.
+        verify: read finished shards again and compare their checksums; by default their size is enough.
 
     Raises:
-        DataError: a destination that is missing, in use, of another conversion or not ours; a source without samples;
-            shards that could not be made, named one by one (the others are finished).
-        SampleError: the first problem, if the options say strict.
+        DataError: a destination that cannot be created, is in use, of another conversion or not ours; a source without
+            samples; shards that could not be made, named one by one.
+        StoppedError: a disk that is full, cannot be written to, or is broken.
+        SampleError: the first problem, if the options say strict; those of earlier starts as DataError.
     """
-    folder = _prepare(Path(destination))
-    with _sole_use_of(folder):
+    folder = Path(destination).absolute()
+    _check_place(folder)
+    named = {**(settings or {}), **getattr(reader, "settings", dict)()}
+    source = Source(
+        fingerprint=reader.fingerprint(),
+        settings=source_settings(named, hide),
+        options=options,
+        tokenizer=None if tokenizing is None else tokenizing.fingerprint(),
+    )
+    make_folder(folder)
+    shared = Shared(reader, options, folder, hide)
+    with disk_errors_stop(folder), _sole_use_of(folder), (runner or LocalRunner()).start(shared) as run:
+        plan = read_plan(folder, source)  # before anything is removed: the folder may be of another conversion
         remove_leftovers(folder)
-        source = Source(
-            fingerprint=reader.fingerprint(),
-            settings=dict(settings or {}),
-            options=options,
-            tokenizer=None if tokenizing is None else tokenizing.fingerprint(),
-        )
-        plan = read_plan(folder, source) or _new_plan(folder, reader, source, hide)
-        for name in (ENTRIES, *([TOKENS] if tokenizing else [])):
-            make_folder(folder / name)
-        entries = {index: read_entry(folder, index) for index in range(plan.num_shards)}
-        missing = [index for index, entry in entries.items() if entry is None]
-        jobs = _jobs(folder, plan, missing, reader, options, tokenizing, hide)
-        made = _run(runner or LocalRunner(), jobs, plan.num_shards, len(missing), strict=options.strict)
-        finished = [entry for entry in (entries | made).values() if entry is not None]
+        plan = plan or _new_plan(shared, source, run, where)
+        (folder / PARTIAL_FILE).unlink(missing_ok=True)
+        entries = _finished(folder, plan, verify)
+        if options.strict:
+            for problems in (plan.problems, *(entry.problems for entry in entries.values())):
+                refuse_kept_problems(problems, folder)
+        made = _make_missing(shared, plan, entries, tokenizing, run)
+        finished = [entries[index] if index in entries else made[index] for index in range(plan.num_shards)]
         problems = write_dataset(folder, plan, finished)
     return ConversionReport(
         samples=sum(entry.samples for entry in finished),
@@ -117,27 +134,22 @@ def convert(
         planned=plan.num_samples,
         made=len(made),
         instructions=len(plan.instructions),
+        gripper_unmeasured=sum(entry.gripper_unmeasured for entry in finished),
         left_out=plan.left_out(),
         notes=plan.notes(),
+        image_notes=image_notes(plan, finished),
         problems=problems,
     )
 
 
-def _prepare(folder: Path) -> Path:
-    folder = folder.absolute()
-    fix = "create its parent, or choose another place"
-    if not folder.parent.is_dir():
-        expected = f"an existing folder {folder.parent}"
-        raise DataError("the destination cannot be created", where=folder, expected=expected, fix=fix)
+def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError("the destination is a file", where=folder, expected="a folder")
-    make_folder(folder)
-    if not is_ours(folder):
+    if folder.is_dir() and not is_ours(folder):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
         expected = "no folder, an empty one, or one with plan.json of an earlier start"
         what = "the destination is not empty, and not of a conversion"
         raise DataError(what, where=folder, expected=expected, found=found, fix="choose another folder")
-    return folder
 
 
 @contextmanager
@@ -155,71 +167,70 @@ def _sole_use_of(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _new_plan(folder: Path, reader: RecordingReader, source: Source, hide: str) -> Plan:
-    tally = Tally(strict=source.options.strict)
-    with progress_bar("planning", len(reader.episodes()), "episodes") as advance:
-        plan = make_plan(reader, source, tally, advance)
-    plan = plan.model_copy(update={"problems": hidden_paths(plan.problems, hide)})
-    write_plan(folder, plan)
+def _new_plan(shared: Shared, source: Source, run: Run, where: object) -> Plan:
+    def bar(episodes: int) -> AbstractContextManager[Callable[..., None]]:
+        return progress_bar("planning", episodes, "episodes")
+
+    plan = make_plan(shared.reader, source, shared.folder, run, where=where, bar=bar)
+    write_plan(shared.folder, plan)
     return plan
 
 
-def _jobs(
-    folder: Path,
-    plan: Plan,
-    missing: Sequence[int],
-    reader: RecordingReader,
-    options: ConvertOptions,
-    tokenizing: Tokenizing | None,
-    hide: str,
-) -> Iterator[ShardJob]:
-    """The jobs of the missing shards; tokens are computed when a job is drawn."""
-    keys = {sentence: str(key) for key, sentence in enumerate(plan.instructions)}
-    shards = plan.shards()
-    for index in missing:
-        tokens = None
-        if tokenizing is not None:
-            tokens = folder / TOKENS / f"{shard_name(index)}.npy"
-            if not tokens.is_file():
-                tokenizing.write(tokens, reader, shards[index], options)
-        first = index * options.samples_per_shard
-        yield ShardJob(index, shards[index], keys, first, reader, options, folder, hide, tokens)
+def _finished(folder: Path, plan: Plan, verify: bool) -> dict[int, ShardEntry]:
+    """Entries of the shards that need not be made."""
+    entries = {}
+    with progress_bar("verifying" if verify else "looking", plan.num_shards, "shards") as advance:
+        for index in range(plan.num_shards):
+            entry = read_entry(folder, index, verify=verify)
+            if entry is not None:
+                entries[index] = entry
+            advance(1)
+    return entries
 
 
-def _run(runner: Runner, jobs: Iterator[ShardJob], shards: int, missing: int, *, strict: bool) -> dict[int, ShardEntry]:
+def _make_missing(
+    shared: Shared, plan: Plan, entries: Mapping[int, ShardEntry], tokenizing: Tokenizing | None, run: Run
+) -> dict[int, ShardEntry]:
     """Entries of the shards made now.
 
     Raises:
         SampleError: the first problem, if strict.
-        DataError: shards that failed, once all others are made.
+        DataError: shards that failed, once all others are made, or when too many failed in a row.
     """
+    missing = [index for index in range(plan.num_shards) if index not in entries]
+    if not missing:
+        return {}
+    remove_manifest(shared.folder)
+    for name in (ENTRIES, *([TOKENS] if tokenizing else [])):
+        make_folder(shared.folder / name)
     made: dict[int, ShardEntry] = {}
-    failures: dict[str, BaseException] = {}
-    outcomes = runner.run(jobs)
-    try:
-        with progress_bar("converting", shards, "shards") as advance:
-            advance(shards - missing)
-            for job, outcome in outcomes:
-                if isinstance(outcome, ShardEntry):
-                    made[job.index] = outcome
-                elif strict and isinstance(outcome, SampleError):
-                    raise outcome
-                else:
-                    failures[job.name] = outcome
-                advance(1, _status(len(failures)))
-    finally:
-        close: Callable[[], None] = getattr(outcomes, "close", lambda: None)
-        close()
-    if failures:
-        lines = [f"\n    {name}: {type(error).__name__}: {error}" for name, error in sorted(failures.items())[:20]]
-        first = next(iter(failures.values()))
-        raise DataError(
-            f"{len(failures)} of {shards} shards could not be made; the others are finished",
-            found="".join(lines),
-            fix="start the same command again: it makes only what is missing",
-        ) from first
+    failures = Failures(plan.num_shards, len(entries))
+    with (
+        closing(run(_jobs(shared, plan, missing, tokenizing))) as outcomes,
+        progress_bar("converting", plan.num_shards, "shards") as advance,
+    ):
+        advance(len(entries))
+        for job, outcome in outcomes:
+            if isinstance(outcome, ShardEntry):
+                made[job.index] = outcome
+                failures.success()
+            elif shared.options.strict and isinstance(outcome, SampleError):
+                raise outcome
+            else:
+                failures.failure(job.name, outcome)
+            advance(1, f"{len(failures)} failed" if failures else "")
+    failures.stop()
     return made
 
 
-def _status(failures: int) -> str:
-    return f"{failures} failed" if failures else ""
+def _jobs(shared: Shared, plan: Plan, missing: Sequence[int], tokenizing: Tokenizing | None) -> Iterator[ShardJob]:
+    """The jobs of the missing shards; tokens are computed when a job is drawn."""
+    shards = plan.shards()
+    for index in missing:
+        tokens = None
+        if tokenizing is not None:
+            tokens = shared.folder / TOKENS / f"{shard_name(index)}.npy"
+            if not tokens.is_file():
+                tokenizing.write(tokens, shared.reader, shards[index], shared.options)
+        first = index * shared.options.samples_per_shard
+        yield ShardJob(index, shards[index], plan.keys(shards[index]), first, tokens)

@@ -6,21 +6,23 @@ TCP poses and real widths go the way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from rdt2_data.converters.encoded_images import decode_image
+from rdt2_data.converters.frames import OrderedFrames, image_or_problem
 from rdt2_data.converters.options import Latencies
 from rdt2_data.converters.recording import CameraTrack, EpisodeRef, PoseTrack, Recording, WidthTrack
 from rdt2_data.converters.source_files import files_fingerprint
 from rdt2_data.problems import SampleError
 from rdt2_jax.actions.chunks import PolicyFrames, RobotName, real_m_to_policy_width
-from rdt2_jax.actions.episode import PARTIAL_SUFFIX, EpisodeReader, Series
-from rdt2_jax.actions.layout import ARM_NAMES, CAMERA_NAMES
+from rdt2_jax.actions.episode import PARTIAL_SUFFIX, EpisodeReader
+from rdt2_jax.actions.layout import ARM_NAMES, CAMERA_NAMES, ArmName
 from rdt2_jax.actions.poses import compose, pose7_to_matrix
 from rdt2_jax.config import FrozenConfig
 from rdt2_jax.errors import DataError
@@ -39,17 +41,31 @@ class EpisodesOptions(FrozenConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class EpisodeFrames:
-    """Images of one camera of an episode file; implements `Frames`. Every `read` goes through the file once."""
+class EpisodeFrames(OrderedFrames):
+    """Images of one camera of an episode file; a `read` goes no further than the last image that it is asked for.
 
-    path: Path
+    Attributes:
+        reader: of the file.
+        topic: of the camera.
+        count: images in it.
+    """
+
+    reader: EpisodeReader
     topic: str
+    count: int
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """See `Frames.read`."""
-        images = _read(self.path, self.topic)[1][self.topic].values["jpeg"]
+    def _count(self) -> int:
+        return self.count
+
+    def _where(self) -> str:
+        return f"{self.reader.path}, {self.topic}"
+
+    def _read(self, indices: list[int]) -> Iterator[np.ndarray | SampleError]:
+        messages = self.reader.pick(self.topic, indices)
         for index in indices:
-            yield decode_image(images[index], f"{self.path}, {self.topic}, message {index}")
+            with _errors_renamed(self.reader.path):
+                message = next(messages)
+            yield image_or_problem(decode_image, message["jpeg"], f"{self._where()}, message {index}")
 
 
 class EpisodesReader:
@@ -63,7 +79,7 @@ class EpisodesReader:
         latencies: of poses and widths; images carry their time of capture.
 
     Attributes:
-        notes: episode -> why it ends early, for those that were loaded.
+        notes: episode -> why it ends early, and how many messages were repeated, for those that were loaded.
 
     Raises:
         DataError: no such source, or a latency of the camera.
@@ -75,6 +91,7 @@ class EpisodesReader:
         self.source, self.options = Path(source), options or EpisodesOptions()
         self.latencies = latencies or Latencies()
         self.notes: dict[str, str] = {}
+        self._found: list[Path] | None = None
         if not self.source.exists():
             expected = "an .mcap file, or a folder of them"
             raise DataError("there are no such episodes", where=self.source, expected=expected)
@@ -93,37 +110,52 @@ class EpisodesReader:
     def load(self, episode: EpisodeRef) -> Recording:
         """See `RecordingReader.load`."""
         path = self._files()[episode.index]
-        topics = [f"/{arm}/measured/{part}" for arm in ARM_NAMES for part in ("pose", "gripper")]
-        images = [f"/{camera}/image" for camera in CAMERA_NAMES]
-        reader, series = _read(path, *topics, *images, "/instruction")
-        if reader.truncation:
-            self.notes[episode.name] = reader.truncation
-        frames = self._frames(reader)
-        poses, widths = {}, {}
+        with _errors_renamed(path):
+            reader = EpisodeReader(path)
+            topics = _read_topics(reader)
+        frames, repeated = self._frames(reader), 0
+        poses: dict[ArmName, PoseTrack] = {}
+        widths: dict[ArmName, WidthTrack] = {}
         for arm in ARM_NAMES:
-            measured = _recorded(series, f"/{arm}/measured/pose", path)
-            pose = compose(pose7_to_matrix(measured.values["pose_base_tcp"]), frames.pose_tcp_policy(arm))
-            poses[arm] = PoseTrack(measured.time_s - self.latencies.pose_s, pose)
-            gripper = _recorded(series, f"/{arm}/measured/gripper", path)
-            width = np.asarray(real_m_to_policy_width(gripper.values["width_m"]))
-            widths[arm] = WidthTrack(gripper.time_s - self.latencies.gripper_s, width, np.ones(len(width), bool))
+            time_s, measured, again = _without_repeats(*topics.column(f"/{arm}/measured/pose", "pose_base_tcp"))
+            pose = compose(pose7_to_matrix(measured), frames.pose_tcp_policy(arm))
+            poses[arm] = PoseTrack(time_s - self.latencies.pose_s, pose)
+            repeated += again
+            time_s, width_m, again = _without_repeats(*topics.column(f"/{arm}/measured/gripper", "width_m"))
+            width = np.asarray(real_m_to_policy_width(width_m))
+            widths[arm] = WidthTrack(time_s - self.latencies.gripper_s, width, np.ones(len(width), bool))
+            repeated += again
         cameras = {}
-        for camera, topic in zip(CAMERA_NAMES, images, strict=True):
-            seen = _recorded(series, topic, path)
-            cameras[camera] = CameraTrack(seen.values["capture_time_s"], EpisodeFrames(path, topic))
-        told = series["/instruction"]
-        instructions = list(zip(told.time_s.tolist(), told.values["instruction"], strict=True))
-        return Recording(episode.name, poses, widths, cameras, instructions)
+        for camera in CAMERA_NAMES:
+            topic = f"/{camera}/image"
+            _, capture_s = topics.column(topic, "capture_time_s")
+            cameras[camera] = CameraTrack(capture_s, EpisodeFrames(reader, topic, len(capture_s)))
+        recording = Recording(episode.name, poses, widths, cameras, topics.instructions())
+        self._note(episode, reader, repeated)
+        return recording
 
     def fingerprint(self) -> str:
         """See `RecordingReader.fingerprint`."""
-        return files_fingerprint(self.source, self._files(), self.options, self.latencies)
+        return files_fingerprint(self.source, self._files())
+
+    def settings(self) -> dict[str, Any]:
+        """Everything apart from files that decides what comes out."""
+        return {"options": self.options.model_dump(mode="json"), "latencies": self.latencies.model_dump(mode="json")}
+
+    def _note(self, episode: EpisodeRef, reader: EpisodeReader, repeated: int) -> None:
+        notes = [reader.truncation] if reader.truncation else []
+        if repeated:
+            notes.append(f"{repeated} exact repeats of poses and widths were left out")
+        if notes:
+            self.notes[episode.name] = "; ".join(notes)
 
     def _files(self) -> list[Path]:
-        if self.source.is_file():
-            return [self.source]
-        names = (f"*{_SUFFIX}", f"*{_SUFFIX}{PARTIAL_SUFFIX}")
-        return sorted(path for name in names for path in self.source.rglob(name))
+        """Looked for once; pickled copies know them too."""
+        if self._found is None:
+            names = (f"*{_SUFFIX}", f"*{_SUFFIX}{PARTIAL_SUFFIX}")
+            is_file = self.source.is_file()
+            self._found = [self.source] if is_file else sorted(p for name in names for p in self.source.rglob(name))
+        return self._found
 
     def _name(self, path: Path) -> str:
         relative = Path(path.name) if self.source.is_file() else path.relative_to(self.source)
@@ -144,17 +176,58 @@ class EpisodesReader:
             ) from error
 
 
-def _read(path: Path, *topics: str) -> tuple[EpisodeReader, dict[str, Series]]:
+class _Topics:
+    """What an episode says of poses, widths, times of images, and instructions; images themselves are not kept.
+
+    Args:
+        path: of the file, for messages.
+        kept: topic -> messages, without images.
+    """
+
+    def __init__(self, path: Path, kept: dict[str, list[dict[str, Any]]]) -> None:
+        self.path, self.kept = path, kept
+
+    def column(self, topic: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times (N,) of the messages of a topic, and one of their values (N, ...), or SampleError where N is 0."""
+        messages = self.kept[topic]
+        if not messages:
+            raise SampleError("bad-recording", where=self.path, expected=f"messages of {topic}", found="none")
+        return np.array([message["time_s"] for message in messages]), np.stack([message[name] for message in messages])
+
+    def instructions(self) -> list[tuple[float, str]]:
+        """(time [s], sentence)."""
+        return [(message["time_s"], message["instruction"]) for message in self.kept["/instruction"]]
+
+
+def _read_topics(reader: EpisodeReader) -> _Topics:
+    measured = [f"/{arm}/measured/{part}" for arm in ARM_NAMES for part in ("pose", "gripper")]
+    names = [*measured, *(f"/{camera}/image" for camera in CAMERA_NAMES), "/instruction"]
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for topic, message in reader.messages(*names):
+        message.pop("jpeg", None)
+        kept[topic].append(message)
+    return _Topics(reader.path, kept)
+
+
+def _without_repeats(time_s: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows (N,) and (N, ...) without those that repeat time and value of the row before, and how many these are.
+
+    Some controllers report a state again when there is no newer one. Another value at the same time is no repeat.
+    """
+    same = np.diff(time_s) == 0
+    same &= (values[1:] == values[:-1]).reshape(len(same), -1).all(axis=1)
+    new = np.concatenate([[True], ~same])
+    return time_s[new], values[new], int(same.sum())
+
+
+@contextmanager
+def _errors_renamed(path: Path) -> Iterator[None]:
+    """Errors of the episode's reader as those of a recording."""
     try:
-        reader = EpisodeReader(path)
-        return reader, reader.read(*topics)
+        yield
+    except SampleError:
+        raise
     except DataError as error:
         raise SampleError(
             "bad-recording", what=error.what, where=error.where or path, expected=error.expected, found=error.found
         ) from error
-
-
-def _recorded(series: dict[str, Series], topic: str, path: Path) -> Series:
-    if not len(series[topic].time_s):
-        raise SampleError("bad-recording", where=path, expected=f"messages of {topic}", found="none")
-    return series[topic]

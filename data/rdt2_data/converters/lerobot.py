@@ -36,6 +36,10 @@ from rdt2_jax.errors import ConfigError
 from rdt2_jax.problems import Problems
 
 EXAMPLE = "data/lerobot_example.yaml"
+_FOLDERS = ("meta", "data", "videos")
+_SENT_EPISODES = 1000
+"""Longer lists of episodes are read again by each process: that is faster than sending them."""
+
 _TIME, _TASK_INDEX, _EPISODE = "timestamp", "task_index", "episode_index"
 
 
@@ -60,7 +64,8 @@ class LeRobotReader:
         self._read: LeRobotMetadata | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": None}  # a long list of episodes is read again faster than it is sent
+        is_short = self._read is not None and len(self._read.episodes) <= _SENT_EPISODES
+        return {**self.__dict__, "_read": self._read if is_short else None}
 
     def episodes(self) -> list[EpisodeRef]:
         """All episodes, by rising number.
@@ -73,8 +78,12 @@ class LeRobotReader:
         return [EpisodeRef(f"episode_{each.episode_index:06d}", number) for number, each in enumerate(episodes)]
 
     def fingerprint(self) -> str:
-        """Changes with names, sizes and times of the files, with the mapping and with the latencies."""
-        return files_fingerprint(self.source, files_below(self.source), self.mapping, self.latencies)
+        """Changes with names, sizes and times of the dataset's files; other files beside them do not count."""
+        return files_fingerprint(self.source, files_below(*(self.source / name for name in _FOLDERS)))
+
+    def settings(self) -> dict[str, Any]:
+        """Everything apart from files that decides what comes out."""
+        return {"mapping": self.mapping.model_dump(mode="json"), "latencies": self.latencies.model_dump(mode="json")}
 
     def load(self, episode: EpisodeRef) -> Recording:
         """One episode; images are read later.

@@ -84,7 +84,7 @@ def read_metadata(source: Path) -> LeRobotMetadata:
     if not path.is_file():
         fix = "give the folder that holds meta/, data/ and videos/"
         raise DataError("not a LeRobot dataset", where=source, expected="meta/info.json", fix=fix)
-    info = _json(path.read_text, str(path))
+    info = _json(path.read_bytes, str(path))
     version = info.get("codebase_version")
     if version not in VERSIONS:
         expected = " or ".join(VERSIONS)
@@ -212,7 +212,8 @@ def _json(read: Any, where: str) -> dict[str, Any]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text().splitlines()
+        # Not `splitlines`, for which a sentence may hold ends of lines (U+2028) that are none in JSON.
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("a list of the dataset cannot be read", where=path, found=str(error)) from error
     for number, line in enumerate(lines, start=1):

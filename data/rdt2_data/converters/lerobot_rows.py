@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rdt2_data.converters.damage import damage_named
 from rdt2_data.converters.encoded_images import decode_image
+from rdt2_data.converters.frames import OrderedFrames, image_or_problem
 from rdt2_data.converters.mappings import ColumnRef
 from rdt2_data.converters.source_files import names_shown
-from rdt2_data.converters.video import require_increasing_indices
 from rdt2_data.problems import SampleError
 
 _EPISODE = "episode_index"
@@ -86,8 +87,8 @@ def read_rows(path: Path, names: Sequence[str], episode_index: int) -> EpisodeRo
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetImages:
-    """Images kept as files in a column of {"bytes", "path"}; implements `rdt2_data.converters.recording.Frames`.
+class ParquetImages(OrderedFrames):
+    """Images kept as files in a column of {"bytes", "path"}.
 
     Attributes:
         path: the Parquet file; opened by every `read`.
@@ -99,19 +100,14 @@ class ParquetImages:
     column: str
     row_numbers: np.ndarray
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields uint8 RGB images (height, width, 3) for strictly increasing indices.
+    def _count(self) -> int:
+        return len(self.row_numbers)
 
-        Raises:
-            SampleError: "bad-recording", "corrupt-jpeg" or "wrong-image".
-            DataError: indices that do not increase, or are outside of 0 to N - 1.
-        """
-        require_increasing_indices(indices, len(self.row_numbers), f"{self.path}, column {self.column}")
-        return self._read(self.row_numbers[np.asarray(indices, np.int64)])
+    def _where(self) -> str:
+        return f"{self.path}, column {self.column}"
 
-    def _read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        if not rows.size:
-            return
+    def _read(self, indices: list[int]) -> Iterator[np.ndarray | SampleError]:
+        rows = self.row_numbers[indices]
         with _opened(self.path) as file:
             start = 0
             for group in range(file.num_row_groups):
@@ -120,7 +116,7 @@ class ParquetImages:
                     yield from self._read_group(file, group, start, rows)
                 start = stop
 
-    def _read_group(self, file: Any, group: int, start: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def _read_group(self, file: Any, group: int, start: int, rows: np.ndarray) -> Iterator[np.ndarray | SampleError]:
         batches = file.iter_batches(batch_size=_IMAGES_AT_ONCE, row_groups=[group], columns=[self.column])
         while True:
             with _errors_named(self.path):
@@ -129,18 +125,18 @@ class ParquetImages:
                 return
             column = batch.column(batch.schema.get_field_index(self.column))
             for row in rows[(rows >= start) & (rows < start + len(column))]:
-                where = f"{self.path}, column {self.column}, row {row}"
-                yield decode_image(_image_bytes(column[int(row) - start].as_py(), where), where)
+                where = f"{self._where()}, row {row}"
+                yield image_or_problem(_image, column[int(row) - start].as_py(), where)
             start += len(column)
 
 
-def _image_bytes(cell: Any, where: str) -> bytes:
+def _image(cell: Any, where: str) -> np.ndarray:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
         found = f"only a path, {cell['path']!r}" if isinstance(cell, dict) and cell.get("path") else type(data).__name__
         fix = "store the images in the Parquet files themselves"
         raise SampleError("bad-recording", where=where, expected="the bytes of an image", found=found, fix=fix)
-    return data
+    return decode_image(data, where)
 
 
 def _may_hold(row_group: Any, episode_index: int) -> bool:
@@ -180,13 +176,8 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-@contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _errors_named(path: Path) -> AbstractContextManager[None]:
     """Errors of the Parquet library as a SampleError that names the file."""
     import pyarrow
 
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        what = "a Parquet file of the dataset cannot be read"
-        raise SampleError("bad-recording", what=what, where=path, found=str(error)[:300]) from error
+    return damage_named("a Parquet file of the dataset cannot be read", path, OSError, pyarrow.ArrowException)

@@ -7,14 +7,17 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
+from rdt2_data.converters.card import dataset_card
+from rdt2_data.converters.images import shape_notes
 from rdt2_data.converters.plan import PLAN_FILE, Plan
+from rdt2_data.converters.planning import PARTIAL_FILE
 from rdt2_data.problems import Tally
 from rdt2_jax.config import FrozenConfig
 from rdt2_jax.errors import DataError
@@ -29,8 +32,15 @@ MANIFEST_FILE, INSTRUCTIONS_FILE, DATASET_FILE, CARD_FILE = (
     "dataset.yaml",
     "README.md",
 )
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.(tmp|old)")
-_CARD_INSTRUCTIONS = 30
+_FINAL_FILES = (PLAN_FILE, MANIFEST_FILE, INSTRUCTIONS_FILE, DATASET_FILE, CARD_FILE)
+_SHARD = r"shard-\d{6,}"
+_NAMES = {
+    "": rf"{_SHARD}\.tar(\.idx)?|" + "|".join(map(re.escape, _FINAL_FILES)),
+    ENTRIES: rf"{_SHARD}\.json",
+    TOKENS: rf"{_SHARD}\.npy",
+}
+_LEFTOVERS = {place: re.compile(rf"\.({names})\.[0-9a-f]{{16}}\.tmp") for place, names in _NAMES.items()}
+"""By folder: temporary names of the files that are written there."""
 
 
 class ShardEntry(FrozenConfig):
@@ -42,6 +52,8 @@ class ShardEntry(FrozenConfig):
         seconds: of recorded time that its samples stand for.
         bytes, sha256: of the archive.
         instructions: key -> number of samples.
+        gripper_unmeasured: samples behind which a width was not measured, of either arm.
+        image_sizes: "COLUMNSxROWS" of source images, before cropping -> how many were read.
         problems: what was left out while making it, as `Tally.report` gives it.
     """
 
@@ -51,6 +63,8 @@ class ShardEntry(FrozenConfig):
     bytes: int
     sha256: str
     instructions: dict[str, int]
+    gripper_unmeasured: int
+    image_sizes: dict[str, int]
     problems: dict[str, Any]
 
 
@@ -69,8 +83,11 @@ def write_entry(folder: Path, index: int, entry: ShardEntry) -> None:
     _write_json(entry_path(folder, index), entry.model_dump(mode="json"))
 
 
-def read_entry(folder: Path, index: int) -> ShardEntry | None:
-    """The entry of a shard, or None while it is not finished: no entry, or no archive of the size in the entry."""
+def read_entry(folder: Path, index: int, *, verify: bool = False) -> ShardEntry | None:
+    """The entry of a shard, or None while it is not finished: no entry, or no archive of the size in the entry.
+
+    With `verify` the whole archive is read, and its checksum must be that of the entry as well.
+    """
     try:
         entry = ShardEntry.model_validate_json(entry_path(folder, index).read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
@@ -78,7 +95,9 @@ def read_entry(folder: Path, index: int) -> ShardEntry | None:
     archive = folder / entry.shard
     if not entry.samples:
         return entry
-    return entry if archive.is_file() and archive.stat().st_size == entry.bytes else None
+    if not archive.is_file() or archive.stat().st_size != entry.bytes:
+        return None
+    return entry if not verify or file_sha256(archive) == entry.sha256 else None
 
 
 def file_sha256(path: Path) -> str:
@@ -90,21 +109,34 @@ def file_sha256(path: Path) -> str:
 def is_ours(folder: Path) -> bool:
     """Whether a folder is empty, or was begun by a conversion."""
     names = [path.name for path in folder.iterdir()]
-    return PLAN_FILE in names or all(_LEFTOVER.fullmatch(name) for name in names)
+    if PLAN_FILE in names:
+        return True
+    return all(name == PARTIAL_FILE or _LEFTOVERS[""].fullmatch(name) for name in names)
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes the hidden temporary files of a conversion that was killed; returns their names."""
+    """Removes the hidden temporary files of a conversion that was killed, and no others; returns their names."""
     removed = []
-    for place in (folder, folder / ENTRIES, folder / TOKENS):
+    for name, leftover in _LEFTOVERS.items():
+        place = folder / name
         for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if _LEFTOVER.fullmatch(path.name) and path.is_file():
+            if leftover.fullmatch(path.name) and path.is_file():
                 path.unlink()
                 removed.append(path.name)
     return removed
 
 
 # ------------------------------------------------------------------------------------------- the dataset
+
+
+def remove_manifest(folder: Path) -> None:
+    """Removes what says that the dataset is complete, before any of it is made again."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def image_notes(plan: Plan, entries: Iterable[ShardEntry]) -> list[str]:
+    """What there is to say about the shapes of the source images."""
+    return shape_notes(_sum_counts(entry.image_sizes for entry in entries), plan.source.options.images)
 
 
 def write_dataset(folder: Path, plan: Plan, entries: Sequence[ShardEntry]) -> Tally:
@@ -128,7 +160,7 @@ def write_dataset(folder: Path, plan: Plan, entries: Sequence[ShardEntry]) -> Ta
         file.write(_dataset_yaml(plan).encode())
     document = _manifest(plan, entries, tally)
     with atomic_write(folder / CARD_FILE) as file:
-        file.write(_card(plan, document, sentences).encode())
+        file.write(dataset_card(plan.source.options.name, document, sentences).encode())
     if (folder / TOKENS).is_dir():
         shutil.rmtree(folder / TOKENS)
     _write_json(folder / MANIFEST_FILE, document)
@@ -152,7 +184,10 @@ def _manifest(plan: Plan, entries: Sequence[ShardEntry], tally: Tally) -> dict[s
         "action_tokens": plan.source.tokenizer is not None,
         "options": options,
         "episodes": sum(episode.samples > 0 for episode in plan.episodes),
-        "instructions": _sum_counts(entry.instructions for entry in entries),
+        "instructions": _sum_counts((entry.instructions for entry in entries), order=int),
+        "gripper_unmeasured": sum(entry.gripper_unmeasured for entry in entries),
+        "image_sizes": _sum_counts(entry.image_sizes for entry in entries),
+        "image_notes": image_notes(plan, entries),
         "left_out": plan.left_out(),
         "notes": plan.notes(),
         "problems": tally.report(),
@@ -164,53 +199,15 @@ def _manifest(plan: Plan, entries: Sequence[ShardEntry], tally: Tally) -> dict[s
     }
 
 
-def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def _sum_counts(counts: Iterable[Mapping[str, int]], order: Callable[[str], Any] = str) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
-    return {key: total[key] for key in sorted(total, key=int)}
+    return {key: total[key] for key in sorted(total, key=order)}
 
 
 def _seconds(values: Iterable[float]) -> float:
     return round(sum(values), 3)
-
-
-def _card(plan: Plan, document: Mapping[str, Any], sentences: Mapping[str, str]) -> str:
-    lines = [
-        f"# {plan.source.options.name}",
-        "",
-        "Bimanual action chunks for RDT2, as tar shards: relative chunks of 24 frames at 30 Hz, right arm then left",
-        "arm, in the policy frame, with the composite image left wrist | right wrist.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| samples | {document['samples']} in {len(document['shards'])} shards |",
-        f"| recorded time | {document['seconds'] / 60:.1f} min in {document['episodes']} episodes |",
-        f"| size | {document['bytes'] / 1e6:.1f} MB |",
-        f"| action tokens | {'yes' if document['action_tokens'] else 'no'} |",
-        "",
-        "## Instructions",
-        "",
-        "| key | samples | sentence |",
-        "|---|---|---|",
-    ]
-    shown = list(document["instructions"].items())[:_CARD_INSTRUCTIONS]
-    lines += [f"| {key} | {count} | {_cell(sentences[key])} |" for key, count in shown]
-    hidden = len(document["instructions"]) - len(shown)
-    lines += [f"\n{hidden} more are in `{INSTRUCTIONS_FILE}`."] if hidden else []
-    edges = {f"frames {edge}": count for edge, count in document["left_out"].items()}
-    reasons = {
-        f"{reason}: {entry['meaning']}": entry["count"] for reason, entry in document["problems"]["reasons"].items()
-    }
-    lines += ["", "## Left out", ""]
-    lines += [f"- {count} x {what}" for what, count in (edges | reasons).items()] or ["Nothing."]
-    lines += [f"- {name}: {_cell(note)}" for name, note in document["notes"].items()]
-    lines += ["", "## Options", "", "```json", json.dumps(document["options"], indent=2), "```", ""]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")
 
 
 def _write_json(path: Path, document: Any) -> None:

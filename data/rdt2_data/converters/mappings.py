@@ -97,6 +97,12 @@ def _rosbag_instruction(text: str) -> str:
     return text if re.fullmatch(r"/\S+", text) else _instruction(text)
 
 
+def _require_different(what: str, right: object, left: object) -> None:
+    """ValueError for one source of two things; None stands for what was not recorded."""
+    if right is not None and right == left:
+        raise ValueError(f"{what} of right and left come from the same place, {right}: a copy that was not changed?")
+
+
 Column = Annotated[str, pydantic.AfterValidator(_column_text)]
 Columns = Column | tuple[Column, ...]
 """One column, or several whose numbers are put side by side."""
@@ -158,6 +164,15 @@ class LeRobotMapping(PoseFrame):
     left: ArmColumns
     cameras: CameraColumns
     instruction: Annotated[str, pydantic.AfterValidator(_lerobot_instruction)] = TASK
+
+    @pydantic.model_validator(mode="after")
+    def _two_of_everything(self) -> LeRobotMapping:
+        right, left = self.right, self.left
+        _require_different("'position'", right.position, left.position)
+        _require_different("'rotation'", right.rotation.columns, left.rotation.columns)
+        _require_different("'width'", right.width.column, left.width.column)
+        _require_different("'cameras'", self.cameras.right_wrist, self.cameras.left_wrist)
+        return self
 
 
 def column_refs(columns: str | tuple[str, ...]) -> list[ColumnRef]:
@@ -239,3 +254,13 @@ class RosbagMapping(PoseFrame):
     instruction: Annotated[str, pydantic.AfterValidator(_rosbag_instruction)]
     stamps: StampSource = "header"
     typestore: Literal["ros2_foxy", "ros2_galactic", "ros2_humble", "ros2_iron", "ros2_jazzy"] = "ros2_humble"
+
+    @pydantic.model_validator(mode="after")
+    def _two_of_everything(self) -> RosbagMapping:
+        right, left = self.right, self.left
+        _require_different("'pose'", right.pose.topic, left.pose.topic)
+        # One JointState may carry both grippers.
+        joints = [None if width.topic is None else (width.topic, width.joint) for width in (right.width, left.width)]
+        _require_different("'width'", *joints)
+        _require_different("'cameras'", self.cameras.right_wrist.topic, self.cameras.left_wrist.topic)
+        return self

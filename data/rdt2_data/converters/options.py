@@ -12,19 +12,21 @@ import pydantic
 
 from rdt2_jax.config import FrozenConfig, PositiveInt
 
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0)]
+
 
 class Latencies(FrozenConfig):
     """How long after the fact each kind of data was stamped; taken off stamps that are not times of capture already.
 
     Attributes:
-        camera_s: from the middle of the exposure to the image's stamp [s].
+        camera_s: from the middle of the exposure to the image's stamp [s]; none is negative.
         pose_s: from the motion to the pose's stamp [s].
         gripper_s: from the motion to the width's stamp [s].
     """
 
-    camera_s: float = 0.0
-    pose_s: float = 0.0
-    gripper_s: float = 0.0
+    camera_s: NonNegativeFloat = 0.0
+    pose_s: NonNegativeFloat = 0.0
+    gripper_s: NonNegativeFloat = 0.0
 
 
 class ImageOptions(FrozenConfig):
@@ -62,7 +64,7 @@ class ChunkOptions(FrozenConfig):
     every: PositiveInt = 1
     at_end: Literal["drop", "hold"] = "drop"
     max_gap_s: Annotated[float, pydantic.Field(gt=0)] = 0.1
-    max_skew_s: Annotated[float, pydantic.Field(ge=0)] = 0.02
+    max_skew_s: NonNegativeFloat = 0.02
 
 
 class ConvertOptions(FrozenConfig):

@@ -7,24 +7,23 @@ and kept: a conversion that is started again follows it, and refuses a source or
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from rdt2_data.converters.chunks import select_frames
 from rdt2_data.converters.options import ConvertOptions
-from rdt2_data.converters.recording import EpisodeRef, RecordingReader
-from rdt2_data.problems import SampleError, Tally
+from rdt2_data.problems import Tally
 from rdt2_jax.config import FrozenConfig
 from rdt2_jax.errors import DataError
 from rdt2_jax.io.files import atomic_write
 
 PLAN_FILE = "plan.json"
-VERSION = 1
+VERSION = 2
 
 
 class Source(FrozenConfig):
@@ -32,7 +31,7 @@ class Source(FrozenConfig):
 
     Attributes:
         fingerprint: `RecordingReader.fingerprint()`.
-        settings: format and options of the reader, JSON.
+        settings: format and options of the reader by name, JSON; see `source_settings`.
         options: of the conversion.
         tokenizer: fingerprint of the tokenizer's files, None without tokens.
     """
@@ -42,6 +41,12 @@ class Source(FrozenConfig):
     options: ConvertOptions
     tokenizer: str | None = None
 
+    def compared(self) -> dict[str, Any]:
+        """What must be the same. `strict` decides when to stop, not what is written, so it may change."""
+        document = self.model_dump(mode="json")
+        document["options"].pop("strict")
+        return document
+
 
 class PlannedEpisode(FrozenConfig):
     """One episode: its samples are those of `chunks.select_frames`, in that order.
@@ -50,6 +55,7 @@ class PlannedEpisode(FrozenConfig):
         name, index: as in `EpisodeRef`.
         samples: how many.
         frame_s: time between two samples [s].
+        instructions: keys of the sentences of its samples, in order of first appearance.
         left_out: edge of the recording -> number of frames, see `chunks`.
         note: what the reader had to say about the episode, such as why it ends early.
     """
@@ -58,6 +64,7 @@ class PlannedEpisode(FrozenConfig):
     index: int
     samples: int
     frame_s: float = 0.0
+    instructions: tuple[int, ...] = ()
     left_out: dict[str, int] = pydantic.Field(default_factory=dict)
     note: str | None = None
 
@@ -93,6 +100,11 @@ class Plan(FrozenConfig):
         """Samples planned; those with unreadable images will be missing."""
         return sum(episode.samples for episode in self.episodes)
 
+    def keys(self, parts: Sequence[ShardPart]) -> dict[str, str]:
+        """Sentence -> key in `instructions.json`, of those that the parts need."""
+        needed = dict.fromkeys(key for part in parts for key in part.episode.instructions)
+        return {self.instructions[key]: str(key) for key in needed}
+
     @property
     def num_shards(self) -> int:
         """Archives planned."""
@@ -125,69 +137,6 @@ class Plan(FrozenConfig):
         return {episode.name: episode.note for episode in self.episodes if episode.note}
 
 
-def make_plan(
-    reader: RecordingReader, source: Source, tally: Tally, advance: Callable[..., None] = lambda *_, **__: None
-) -> Plan:
-    """Reads the tracks of every episode and decides what becomes of them.
-
-    Args:
-        reader: the source.
-        source: what the plan is for.
-        tally: gets the problems; it may be strict.
-        advance: called after each episode.
-
-    Raises:
-        DataError: two episodes of one name, or not a single sample in all of them.
-        SampleError: the first problem, for a strict tally.
-    """
-    references = reader.episodes()
-    twice = [name for name, count in Counter(reference.name for reference in references).items() if count > 1]
-    if twice:
-        raise DataError("two episodes have the same name", where="the source", found=", ".join(twice[:5]))
-    sentences: dict[str, None] = {}
-    episodes = []
-    for reference in references:
-        episodes.append(_plan_episode(reader, reference, source.options, sentences, tally))
-        advance(1)
-    plan = Plan(source=source, episodes=tuple(episodes), instructions=tuple(sentences), problems=tally.report())
-    if not plan.num_samples:
-        edges = [f"{count} frames {edge}" for edge, count in plan.left_out().items()]
-        found = "\n".join([f"{len(episodes)} episodes", *edges, tally.text()]).strip()
-        raise DataError("the source gives not a single sample", expected="a frame with 0.8 s of motion", found=found)
-    return plan
-
-
-def _plan_episode(
-    reader: RecordingReader,
-    reference: EpisodeRef,
-    options: ConvertOptions,
-    sentences: dict[str, None],
-    tally: Tally,
-) -> PlannedEpisode:
-    try:
-        recording = reader.load(reference)
-        selection = select_frames(recording, options.chunks, tally)
-    except SampleError as problem:
-        tally.add(problem)
-        return PlannedEpisode(name=reference.name, index=reference.index, samples=0, note=_note(reader, reference))
-    for position in dict.fromkeys(selection.instruction.tolist()):
-        sentences.setdefault(recording.instructions[position][1])
-    return PlannedEpisode(
-        name=reference.name,
-        index=reference.index,
-        samples=len(selection),
-        frame_s=selection.frame_s,
-        left_out=selection.left_out,
-        note=_note(reader, reference),
-    )
-
-
-def _note(reader: RecordingReader, reference: EpisodeRef) -> str | None:
-    """Readers may keep `notes` (episode -> sentence) about what they loaded."""
-    notes: Mapping[str, str] = getattr(reader, "notes", {})
-    return notes.get(reference.name)
-
-
 # -------------------------------------------------------------------------------------------------- files
 
 
@@ -209,20 +158,49 @@ def read_plan(folder: Path, source: Source) -> Plan | None:
     if not path.is_file():
         return None
     try:
-        plan = Plan.model_validate_json(path.read_bytes())
-    except (pydantic.ValidationError, OSError) as error:
+        document = json.loads(path.read_bytes())
+        version = document.get("version") if isinstance(document, dict) else None
+        if version is not None and version != VERSION:
+            expected, found = f"version {VERSION}", f"version {version}"
+            raise DataError("the plan is of another release", where=path, expected=expected, found=found, fix=fix)
+        plan = Plan.model_validate(document)
+    except (ValueError, OSError) as error:
         raise DataError("the plan cannot be read", where=path, found=str(error), fix=fix) from error
-    before, now = plan.source.model_dump(mode="json"), source.model_dump(mode="json")
-    # `strict` decides when to stop, not what is written; so a strict conversion may be finished without it.
-    before["options"].pop("strict")
-    now["options"].pop("strict")
-    differences = _differences(before, now)
-    if plan.version != VERSION:
-        differences.insert(0, f"version: {plan.version} before, {VERSION} now")
+    differences = _differences(plan.source.compared(), source.compared())
     if differences:
         what = "the destination holds a conversion of another source, or with other options"
         raise DataError(what, where=path, found="; ".join(differences), fix=fix)
     return plan
+
+
+def source_settings(given: Mapping[str, Any], hide: str) -> dict[str, Any]:
+    """Settings as they are kept: what is given, without absolute paths, which differ between machines.
+
+    Of a path below the folder `hide` the rest is kept, of any other its last part.
+    """
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): portable(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [portable(entry) for entry in value]
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str) or not os.path.isabs(text) or not os.path.exists(text):
+            return text
+        below = bool(hide) and Path(text).is_relative_to(hide)
+        return Path(text).relative_to(hide).as_posix() if below else Path(text).name
+
+    return portable(given)
+
+
+def refuse_kept_problems(problems: Mapping[str, Any], where: Path) -> None:
+    """Raises DataError if an earlier start, which was not strict, counted problems (`Tally.report`)."""
+    tally = Tally()
+    tally.merge(problems)
+    if tally.total:
+        what = "an earlier start without --strict counted problems and went on"
+        fix = "start without --strict to accept them, or repair the source and choose another destination"
+        raise DataError(what, where=where, found="\n" + tally.text(), fix=fix)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
@@ -230,4 +208,10 @@ def _differences(before: Any, now: Any, key: str = "") -> list[str]:
         keys = [*before, *(name for name in now if name not in before)]
         parts = [_differences(before.get(name), now.get(name), f"{key}.{name}" if key else name) for name in keys]
         return [line for part in parts for line in part]
-    return [] if before == now else [f"{key}: {before!r} before, {now!r} now"]
+    if before == now:
+        return []
+    if key == "fingerprint":
+        return ["the files of the source have changed (names, sizes or times)"]
+    if key == "tokenizer":
+        return [f"tokenizer: {'another' if before and now else 'with' if before else 'without'} before"]
+    return [f"{key}: {before!r} before, {now!r} now"]

@@ -48,11 +48,14 @@ class WidthTrack:
 class Frames(Protocol):
     """Images of one camera, read when they are needed."""
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray | SampleError]:
         """Yields uint8 RGB images (height, width, 3) for strictly increasing indices.
 
+        An image that cannot be read is yielded as a SampleError in its place, and reading goes on with the next one.
+
         Raises:
-            SampleError: "bad-recording" or "corrupt-jpeg", for an image that cannot be read.
+            SampleError: "bad-recording" or "corrupt-jpeg", where reading cannot go on. The image that was due counts as
+                unreadable, and `read` is called again for those after it.
         """
         ...
 
@@ -79,7 +82,7 @@ class Recording:
         poses, widths: by arm ("right", "left").
         cameras: by name ("left_wrist", "right_wrist").
         instructions: (start time [s], sentence), sorted by time; each holds until the next. A frame before the first
-            has no instruction and is left out.
+            has no instruction and is left out. None at all, or a blank one, is a problem that `chunks` finds.
     """
 
     name: str
@@ -115,10 +118,18 @@ class EpisodeRef:
 
 
 class RecordingReader(Protocol):
-    """One source of recordings. Instances can be pickled, because conversions run in several processes."""
+    """One source of recordings.
+
+    Instances can be pickled. A process that takes part in a conversion gets one copy, asks it for many episodes, and
+    keeps it until the end: files may be opened lazily and stay open, listings may be kept.
+
+    A reader may also have
+    - `settings() -> dict` (JSON): the options it was made with, compared by name when a conversion goes on;
+    - `notes`: episode -> what there is to say about it once it was loaded, such as why it ends early.
+    """
 
     def episodes(self) -> list[EpisodeRef]:
-        """All episodes, in an order that never changes for the same source.
+        """All episodes, in an order that never changes for the same source. Asked for once, where the plan is made.
 
         Raises:
             DataError: the source is missing or is of another format.
@@ -128,13 +139,17 @@ class RecordingReader(Protocol):
     def load(self, episode: EpisodeRef) -> Recording:
         """One episode; its images are read later.
 
+        Args:
+            episode: one of `episodes()`, perhaps of another copy of this reader. Listing the source again for it would
+                make a conversion slower by the number of episodes.
+
         Raises:
             SampleError: "bad-recording", "bad-time" and the like, for an episode that cannot be used.
         """
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the source does (sizes and times of its files): a restarted conversion compares it."""
+        """Changes when the source does (names, sizes and times of its files): a restarted conversion compares it."""
         ...
 
 
@@ -145,9 +160,11 @@ def require_increasing(time_s: np.ndarray, where: str) -> None:
         raise SampleError("bad-time", where=where, expected="one time per row", found=f"shape {time_s.shape}")
     if not np.isfinite(time_s).all():
         index = int(np.argwhere(~np.isfinite(time_s))[0, 0])
-        raise SampleError("bad-time", where=where, expected="finite times", found=f"{time_s[index]} at row {index}")
+        found = f"{float(time_s[index])} at row {index}"
+        raise SampleError("bad-time", where=where, expected="finite times", found=found)
     wrong = np.flatnonzero(np.diff(time_s) <= 0)
     if wrong.size:
         row = int(wrong[0]) + 1
-        found = f"{wrong.size} that do not; the first, row {row}, is {time_s[row]!r} after {time_s[row - 1]!r}"
+        before, after = float(time_s[row - 1]), float(time_s[row])
+        found = f"{wrong.size} that do not; the first, row {row}, is {after} after {before}"
         raise SampleError("bad-time", where=where, expected="times that increase", found=found)

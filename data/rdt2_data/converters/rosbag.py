@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rdt2_data.converters.columns import pose_track, poses_from_numbers, unmeasured_widths, width_track
+from rdt2_data.converters.frames import OrderedFrames, image_or_problem
 from rdt2_data.converters.mappings import (
     ArmTopics,
     CameraTopic,
@@ -40,7 +41,6 @@ from rdt2_data.converters.rosbag_messages import (
     pose_numbers,
 )
 from rdt2_data.converters.source_files import files_fingerprint, names_shown
-from rdt2_data.converters.video import require_increasing_indices
 from rdt2_data.problems import SampleError
 from rdt2_jax.actions.layout import ARM_NAMES, CAMERA_NAMES, ArmName
 
@@ -67,18 +67,23 @@ class RosbagReader:
     def __init__(self, source: Path, mapping: str | Path | None, latencies: Latencies) -> None:
         self.source, self.latencies = Path(source), latencies
         self.mapping = load_mapping(RosbagMapping, mapping, EXAMPLE, self.source)
+        self._found: list[Path] | None = None
 
     def episodes(self) -> list[EpisodeRef]:
-        """One for each bag, by name.
+        """One for each bag, by name: that of its file or folder, below the source.
 
         Raises:
             DataError: there is no bag.
         """
-        return [EpisodeRef(path.name, index) for index, path in enumerate(find_bags(self.source))]
+        return [EpisodeRef(self._name(path), index) for index, path in enumerate(self._bags())]
 
     def fingerprint(self) -> str:
-        """Changes with names, sizes and times of the files, with the mapping and with the latencies."""
-        return files_fingerprint(self.source, bag_files(find_bags(self.source)), self.mapping, self.latencies)
+        """Changes with names, sizes and times of the files."""
+        return files_fingerprint(self.source, bag_files(self._bags()))
+
+    def settings(self) -> dict[str, Any]:
+        """Everything apart from files that decides what comes out."""
+        return {"mapping": self.mapping.model_dump(mode="json"), "latencies": self.latencies.model_dump(mode="json")}
 
     def load(self, episode: EpisodeRef) -> Recording:
         """One bag; images are read later (all messages of the topics are read once, for their stamps).
@@ -87,7 +92,7 @@ class RosbagReader:
             SampleError: "bad-recording" for damage, missing topics or other types, "bad-time" for stamps that do not
                 increase, and what `rdt2_data.converters.columns` raises for numbers that cannot be meant.
         """
-        path = find_bags(self.source)[episode.index]
+        path = self._bags()[episode.index]
         streams = self._streams(path)
         with open_bag(path, self.mapping.typestore) as reader:
             _collect(reader, streams, path)
@@ -102,6 +107,15 @@ class RosbagReader:
             for name in CAMERA_NAMES
         }
         return Recording(episode.name, poses, widths, cameras, self._instructions(streams, times, cameras))
+
+    def _bags(self) -> list[Path]:
+        """Looked for once; pickled copies know them too."""
+        if self._found is None:
+            self._found = find_bags(self.source)
+        return self._found
+
+    def _name(self, path: Path) -> str:
+        return path.name if path == self.source else path.relative_to(self.source).as_posix()
 
     def _streams(self, path: Path) -> dict[str, _Stream]:
         """Everything the mapping asks for, by a name of its own."""
@@ -157,10 +171,6 @@ class RosbagReader:
             first_s = min(float(camera.time_s[0]) for camera in cameras.values())
             return [(first_s, self.mapping.instruction)]
         stream = streams["instruction"]
-        for row, text in enumerate(stream.kept):
-            if not text.strip():
-                where = f"{stream.where}, message {row}"
-                raise SampleError("unknown-instruction", what="an instruction without words", where=where)
         return list(zip(times["instruction"].tolist(), stream.kept, strict=True))
 
 
@@ -214,7 +224,8 @@ def _collect(reader: Any, streams: dict[str, _Stream], path: Path) -> None:
     """Reads all messages of the topics once, into the streams."""
     connections = [_connections(reader, stream) for stream in streams.values()]
     unique = list({id(each): each for several in connections for each in several}.values())
-    for connection, bag_ns, message in _messages(reader, unique, path):
+    for connection, bag_ns, data in _messages(reader, unique, path):
+        message = _message(reader, connection, data, path)
         for stream in streams.values():
             if stream.topic == connection.topic:
                 stream.add(message, connection.msgtype, bag_ns)
@@ -244,18 +255,25 @@ def _connections(reader: Any, stream: _Stream) -> list[Any]:
 
 
 def _messages(
-    reader: Any, connections: list[Any], path: Path, start_ns: int | None = None
-) -> Iterator[tuple[Any, int, Any]]:
-    """(connection, time of recording [ns], message), in the order of recording."""
+    reader: Any, connections: list[Any], path: Path, start_ns: int | None = None, stop_ns: int | None = None
+) -> Iterator[tuple[Any, int, bytes]]:
+    """(connection, time of recording [ns], data) from `start_ns` up to, but without, `stop_ns`, as recorded.
+
+    The library finds the range by the index of the container.
+    """
     with errors_named(path):
-        messages = iter(reader.messages(connections=connections, start=start_ns))
+        messages = iter(reader.messages(connections=connections, start=start_ns, stop=stop_ns))
     while True:
         with errors_named(path):
             item = next(messages, None)
-            if item is None:
-                return
-            message = reader.deserialize(item[2], item[0].msgtype)
-        yield item[0], int(item[1]), message
+        if item is None:
+            return
+        yield item[0], int(item[1]), item[2]
+
+
+def _message(reader: Any, connection: Any, data: bytes, path: Path) -> Any:
+    with errors_named(path):
+        return reader.deserialize(data, connection.msgtype)
 
 
 def _stamp_ns(message: Any, stamps: StampSource, bag_ns: int) -> int:
@@ -299,8 +317,8 @@ def _take_width(width: WidthTopic) -> Take:
 
 
 @dataclass(frozen=True, eq=False)
-class BagImages:
-    """Images of one topic; implements `rdt2_data.converters.recording.Frames`.
+class BagImages(OrderedFrames):
+    """Images of one topic. A `read` goes no further than from the first to the last image that it is asked for.
 
     Attributes:
         path, typestore: the bag, opened by every `read`.
@@ -316,35 +334,32 @@ class BagImages:
     stamp_ns: np.ndarray
     bag_ns: np.ndarray
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields uint8 RGB images (height, width, 3) for strictly increasing indices.
+    def _count(self) -> int:
+        return len(self.stamp_ns)
 
-        Raises:
-            SampleError: "bad-recording", "corrupt-jpeg" or "wrong-image".
-            DataError: indices that do not increase, or are outside of 0 to N - 1.
-        """
-        require_increasing_indices(indices, len(self.stamp_ns), f"{self.path}, topic {self.topic}")
-        return self._read([int(index) for index in indices])
+    def _where(self) -> str:
+        return f"{self.path}, topic {self.topic}"
 
-    def _read(self, indices: list[int]) -> Iterator[np.ndarray]:
-        if not indices:
-            return
+    def _read(self, indices: list[int]) -> Iterator[np.ndarray | SampleError]:
         start_ns = int(self.bag_ns[indices[0] :].min())
+        stop_ns = int(self.bag_ns[: indices[-1] + 1].max()) + 1
         position = int((self.bag_ns < start_ns).sum())  # messages that the library leaves out
-        wanted = iter(indices)
-        index = next(wanted)
+        wanted = set(indices)
         with open_bag(self.path, self.typestore) as reader:
             connections = [connection for connection in reader.connections if connection.topic == self.topic]
-            for connection, bag_ns, message in _messages(reader, connections, self.path, start_ns):
-                if position == index:
-                    where = f"{self.path}, topic {self.topic}, image {index}"
-                    if _stamp_ns(message, self.stamps, bag_ns) != self.stamp_ns[index]:
-                        what = "the bag is not what it was when it was opened first"
-                        raise SampleError("bad-recording", what=what, where=where)
-                    yield message_image(message, connection.msgtype, where)
-                    if (following := next(wanted, None)) is None:
-                        return
-                    index = following
+            for connection, bag_ns, data in _messages(reader, connections, self.path, start_ns, stop_ns):
+                if position in wanted:
+                    yield image_or_problem(self._image, reader, connection, bag_ns, data, position)
                 position += 1
+                if position > indices[-1]:
+                    return
         what = "the bag holds fewer images than when it was opened first"
-        raise SampleError("bad-recording", what=what, where=f"{self.path}, topic {self.topic}", found=position)
+        raise SampleError("bad-recording", what=what, where=self._where(), found=position)
+
+    def _image(self, reader: Any, connection: Any, bag_ns: int, data: bytes, index: int) -> np.ndarray:
+        where = f"{self._where()}, image {index}"
+        message = _message(reader, connection, data, self.path)
+        if _stamp_ns(message, self.stamps, bag_ns) != self.stamp_ns[index]:
+            what = "the bag is not what it was when it was opened first"
+            raise SampleError("bad-recording", what=what, where=where)
+        return message_image(message, connection.msgtype, where)

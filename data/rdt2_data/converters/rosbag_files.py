@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rdt2_data.converters.damage import damage_named
 from rdt2_data.converters.source_files import files_below, names_shown
 from rdt2_data.problems import SampleError
 from rdt2_jax.errors import DataError
@@ -17,10 +19,10 @@ _METADATA = "metadata.yaml"
 
 
 def find_bags(source: Path) -> list[Path]:
-    """The bags of a source, by name: the source itself, or those that lie directly in it.
+    """The bags of a source, by name: the source itself, or those that lie in it at any depth.
 
-    A folder with storage files and without `metadata.yaml`, and a file that ROS 1 had not finished (`.bag.active`), are
-    bags too: opening them tells what is wrong, instead of nobody.
+    A folder with the storage files of a bag and without `metadata.yaml`, and a file that ROS 1 had not finished
+    (`.bag.active`), are bags too: opening them tells what is wrong, instead of nobody.
 
     Raises:
         DataError: there is no bag.
@@ -29,7 +31,7 @@ def find_bags(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError("no such bag", where=source, expected="a .bag, .db3 or .mcap file, or a folder of bags")
-    bags = sorted(path for path in source.iterdir() if _is_bag(path) or (path.is_dir() and _storage_files(path)))
+    bags = sorted(_bags_below(source))
     if not bags:
         expected = f"{', '.join(_BAG_FILES)} files, or folders with {_METADATA}"
         found = names_shown(path.name for path in source.iterdir())
@@ -74,24 +76,33 @@ def open_bag(path: Path, typestore: str) -> Iterator[Any]:
         reader.close()
 
 
-@contextmanager
-def errors_named(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> AbstractContextManager[None]:
     """Errors of the bag library as a SampleError that names the file.
 
     Damage surfaces as whatever the parser stumbled over (its own errors, and those of databases, decompressors,
     `struct` and indexing), so every exception inside is taken for damage: only calls of the library belong inside.
     """
-    try:
-        yield
-    except Exception as error:
-        found = f"{type(error).__name__}: {str(error)[:300]}"
-        raise SampleError("bad-recording", what="the bag cannot be read", where=path, found=found) from error
+    return damage_named("the bag cannot be read", path, Exception)
+
+
+def _bags_below(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if _is_bag(path) or (path.is_dir() and _is_unfinished(path)):
+            yield path
+        elif path.is_dir():
+            yield from _bags_below(path)
 
 
 def _is_bag(path: Path) -> bool:
     if path.is_dir():
         return (path / _METADATA).is_file()
     return path.is_file() and (path.suffix in _BAG_FILES or path.name.endswith(_UNFINISHED))
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a folder without `metadata.yaml` is one bag: its files are named after it, NAME_0.mcap and so on."""
+    names = _storage_files(folder)
+    return bool(names) and all(re.fullmatch(rf"{re.escape(folder.name)}(_\d+)?\.\w+", name) for name in names)
 
 
 def _storage_files(folder: Path) -> list[str]:

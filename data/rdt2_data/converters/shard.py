@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import numpy as np
 from rdt2_data.converters.chunks import OTHER, REFERENCE, Chunks, Selection, cut_chunks, select_frames
 from rdt2_data.converters.images import composite_jpeg, wrist_image
 from rdt2_data.converters.manifest import ShardEntry, file_sha256, shard_name, write_entry
+from rdt2_data.converters.messages import hidden_paths
 from rdt2_data.converters.options import ConvertOptions
 from rdt2_data.converters.plan import ShardPart
 from rdt2_data.converters.recording import EpisodeRef, Frames, Recording, RecordingReader
+from rdt2_data.converters.runners import Shared
 from rdt2_data.problems import SampleError, Tally
 from rdt2_data.samples import TOKENS_PER_CHUNK, action_members
 from rdt2_data.shards.writer import ShardWriter
@@ -35,16 +36,13 @@ _INVALID = -1
 
 @dataclass(frozen=True, eq=False)
 class ShardJob:
-    """What a process needs to make one shard.
+    """What a process needs to make one shard, besides what all shards share.
 
     Attributes:
         index: of the shard.
         parts: its samples.
-        keys: sentence -> key in `instructions.json`.
+        keys: sentence -> key in `instructions.json`, of its episodes.
         first_sample: place of its first sample in the plan.
-        reader, options: of the conversion.
-        folder: the destination.
-        hide: beginning of paths in messages that is left away, because it differs between machines.
         tokens: int16 (samples, 27) in an `.npy` file, or None.
     """
 
@@ -52,10 +50,6 @@ class ShardJob:
     parts: tuple[ShardPart, ...]
     keys: Mapping[str, str]
     first_sample: int
-    reader: RecordingReader
-    options: ConvertOptions
-    folder: Path
-    hide: str
     tokens: Path | None = None
 
     @property
@@ -63,51 +57,52 @@ class ShardJob:
         """Name of the archive, without its suffix."""
         return shard_name(self.index)
 
+    def perform(self, shared: Shared) -> ShardEntry:
+        """See `make_shard`."""
+        return make_shard(self, shared)
 
-def make_shard(job: ShardJob) -> ShardEntry:
+
+@dataclass(eq=False)
+class _Found:
+    """What turns up while a shard is made."""
+
+    tally: Tally
+    counts: Counter[str] = field(default_factory=Counter)
+    image_sizes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    gripper_unmeasured: int = 0
+
+
+def make_shard(job: ShardJob, shared: Shared) -> ShardEntry:
     """Makes one shard: the archive, its index, and at last its entry, which declares it finished.
 
     Raises:
         DataError: the source is not what it was when the plan was made.
         SampleError: the first problem, if the options say strict.
     """
-    tally = Tally(strict=job.options.strict)
-    path = job.folder / f"{job.name}.tar"
-    counts: Counter[str] = Counter()
-    seconds = 0.0
+    found = _Found(Tally(strict=shared.options.strict))
+    path = shared.folder / f"{job.name}.tar"
     with ExitStack() as stack:
         writer: ShardWriter | None = None
-        for key, members, instruction, frame_s in _samples(job, tally):
+        for key, members in _samples(job, shared, found):
             # An archive without samples would itself be a problem for whoever reads it.
             writer = writer or stack.enter_context(ShardWriter(path))
             writer.add(key, members)
-            counts[instruction] += 1
-            seconds += frame_s
     if writer is None:
         path.unlink(missing_ok=True)
     entry = ShardEntry(
         shard=path.name,
-        samples=counts.total(),
-        seconds=round(seconds, 6),
+        samples=found.counts.total(),
+        seconds=round(found.seconds, 6),
         bytes=path.stat().st_size if writer else 0,
         sha256=file_sha256(path) if writer else "",
-        instructions={key: counts[key] for key in sorted(counts, key=int)},
-        problems=hidden_paths(tally.report(), job.hide),
+        instructions={key: found.counts[key] for key in sorted(found.counts, key=int)},
+        gripper_unmeasured=found.gripper_unmeasured,
+        image_sizes=dict(sorted(found.image_sizes.items())),
+        problems=hidden_paths(found.tally.report(), shared.hide),
     )
-    write_entry(job.folder, job.index, entry)
+    write_entry(shared.folder, job.index, entry)
     return entry
-
-
-def hidden_paths(report: dict[str, Any], hide: str) -> dict[str, Any]:
-    """A tally's report in whose examples paths below the folder `hide` are relative to it."""
-    if not hide:
-        return report
-    prefix = hide.rstrip(os.sep) + os.sep
-    reasons = {
-        reason: {**entry, "examples": [line.replace(prefix, "") for line in entry["examples"]]}
-        for reason, entry in report["reasons"].items()
-    }
-    return {**report, "reasons": reasons}
 
 
 def load_part(reader: RecordingReader, part: ShardPart, options: ConvertOptions) -> tuple[Recording, Selection, Chunks]:
@@ -129,13 +124,13 @@ def load_part(reader: RecordingReader, part: ShardPart, options: ConvertOptions)
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def _samples(job: ShardJob, tally: Tally) -> Iterator[tuple[str, dict[str, bytes], str, float]]:
-    """(key, members, instruction key, seconds) of every sample that can be made."""
+def _samples(job: ShardJob, shared: Shared, found: _Found) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of every sample that can be made."""
     tokens = None if job.tokens is None else _read_tokens(job.tokens, job.parts)
     offset = 0
     for part in job.parts:
-        recording, selection, chunks = load_part(job.reader, part, job.options)
-        for row, image in enumerate(_composites(recording, selection, job.options, tally)):
+        recording, selection, chunks = load_part(shared.reader, part, shared.options)
+        for row, image in enumerate(_composites(recording, selection, shared.options, found)):
             if image is None:
                 continue
             sentence = recording.instructions[int(selection.instruction[row])][1]
@@ -146,8 +141,10 @@ def _samples(job: ShardJob, tally: Tally) -> Iterator[tuple[str, dict[str, bytes
                 action_token=None if tokens is None else _masked(tokens[offset + row], chunks.gripper_valid[row]),
                 meta=_meta(recording, selection, chunks, row),
             )
-            key = f"{job.first_sample + offset + row:0{KEY_DIGITS}d}"
-            yield key, members, job.keys[sentence], selection.frame_s
+            found.counts[job.keys[sentence]] += 1
+            found.seconds += selection.frame_s
+            found.gripper_unmeasured += not chunks.gripper_valid[row].all()
+            yield f"{job.first_sample + offset + row:0{KEY_DIGITS}d}", members
         offset += len(selection)
 
 
@@ -185,28 +182,30 @@ def _meta(recording: Recording, selection: Selection, chunks: Chunks, row: int) 
 
 
 def _composites(
-    recording: Recording, selection: Selection, options: ConvertOptions, tally: Tally
+    recording: Recording, selection: Selection, options: ConvertOptions, found: _Found
 ) -> Iterator[bytes | None]:
     """The JPEG file of each sample, or None where an image cannot be used, which is counted."""
-    left = _wrist_images(recording, OTHER, selection.left_frame, options)
-    right = _wrist_images(recording, REFERENCE, selection.right_frame, options)
+    left = _wrist_images(recording, OTHER, selection.left_frame, options, found)
+    right = _wrist_images(recording, REFERENCE, selection.right_frame, options, found)
     for left_image, right_image in zip(left, right, strict=True):
         problem = next((image for image in (left_image, right_image) if isinstance(image, SampleError)), None)
         if problem is not None:
-            tally.add(problem)
+            found.tally.add(problem)
             yield None
         elif isinstance(left_image, np.ndarray) and isinstance(right_image, np.ndarray):
             yield composite_jpeg(left_image, right_image, options.images.jpeg_quality)
 
 
 def _wrist_images(
-    recording: Recording, camera: str, indices: np.ndarray, options: ConvertOptions
+    recording: Recording, camera: str, indices: np.ndarray, options: ConvertOptions, found: _Found
 ) -> Iterator[np.ndarray | SampleError]:
     """One image, or what is wrong with it, for each index; an index may come twice in a row."""
     unique, repeats = np.unique(indices, return_counts=True)
     where = f"{recording.name}, {camera}"
     images = read_each(recording.cameras[camera].frames, unique.tolist(), where)
     for index, count, image in zip(unique, repeats, images, strict=True):
+        if isinstance(image, np.ndarray) and image.ndim == 3:
+            found.image_sizes[f"{image.shape[1]}x{image.shape[0]}"] += 1
         yield from repeat(_checked(image, options, f"{where} image {index}"), count)
 
 
@@ -220,7 +219,10 @@ def _checked(image: np.ndarray | SampleError, options: ConvertOptions, where: st
 
 
 def read_each(frames: Frames, indices: Sequence[int], where: str) -> Iterator[np.ndarray | SampleError]:
-    """As many answers as indices: an image, or the problem in its place, after which reading goes on."""
+    """As many answers as indices: an image, or the problem in its place, after which reading goes on.
+
+    Readers that raise a problem are asked again for what follows it; better ones yield it.
+    """
     done = 0
     while done < len(indices):
         try:

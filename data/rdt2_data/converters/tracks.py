@@ -1,13 +1,31 @@
-"""Between the rows of a track: poses and widths at any time, and which rows a stretch of time touches."""
+"""Between the rows of a track: poses and widths at any time, rows that a stretch of time touches, what is plausible."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from rdt2_data.converters.recording import PoseTrack, WidthTrack
 from rdt2_jax.actions.rotations import matrix_to_rotvec, rotvec_to_matrix
 
-TIME_TOLERANCE_S = 1e-6
-"""Times this close count as one: seconds since 1970 in float64 have steps of a quarter of it."""
+WIDTH_LIMITS = (-0.01, 0.12)
+"""Widths [policy units] outside of it are no gripper's: 0.088 is wide open. Room for any offset of a real calibration;
+metres of an open gripper are inside by chance, millimetres and raw counts are not. Our choice."""
+
+MAX_REACH_M = 2.0
+"""A hand that is farther than this from where it was less than a second ago was not recorded in metres. Our choice."""
+
+_LEAST_TOLERANCE_S, _MOST_TOLERANCE_S = 1e-6, 5e-4
+_FLOAT32_STEPS = 4 * 2.0**-23
+
+
+def time_tolerance_s(*times_s: np.ndarray) -> float:
+    """Times this close count as one [s].
+
+    Four steps of float32 at the latest time, since recorders often store seconds in it, but at least a microsecond
+    (seconds since 1970 in float64 have steps of a quarter of it) and at most half a millisecond.
+    """
+    latest_s = max((float(np.abs(time_s).max()) for time_s in times_s if len(time_s)), default=0.0)
+    return min(max(_FLOAT32_STEPS * latest_s, _LEAST_TOLERANCE_S), _MOST_TOLERANCE_S)
 
 
 def bracket(time_s: np.ndarray, query_s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,10 +78,11 @@ def interpolate_values(time_s: np.ndarray, value: np.ndarray, query_s: np.ndarra
 def rows_within(time_s: np.ndarray, start_s: np.ndarray, stop_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First and last row that interpolation between two times touches, each of the shape of `start_s`.
 
-    Times closer than `TIME_TOLERANCE_S` to a row do not reach beyond it.
+    Times closer than `time_tolerance_s` to a row do not reach beyond it.
     """
-    first, _, _ = bracket(time_s, start_s + TIME_TOLERANCE_S)
-    _, last, _ = bracket(time_s, stop_s - TIME_TOLERANCE_S)
+    tolerance_s = time_tolerance_s(time_s)
+    first, _, _ = bracket(time_s, start_s + tolerance_s)
+    _, last, _ = bracket(time_s, stop_s - tolerance_s)
     return first, np.maximum(first, last)
 
 
@@ -71,3 +90,19 @@ def any_between(flags: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.nd
     """Whether any of `flags[first:stop]` is set, for many pairs at once."""
     count = np.concatenate([[0], np.cumsum(flags)])
     return count[np.maximum(stop, first)] > count[first]
+
+
+# ------------------------------------------------------------------------------------------ plausibility
+
+
+def implausible_widths(track: WidthTrack) -> np.ndarray:
+    """Which rows (T,) hold a measured width that no gripper has, see `WIDTH_LIMITS`."""
+    low, high = WIDTH_LIMITS
+    return track.valid & ((track.width < low) | (track.width > high))
+
+
+def farthest_m(track: PoseTrack, anchor_s: np.ndarray, due_s: np.ndarray) -> np.ndarray:
+    """How far the hand gets from where it was at `anchor_s` (S,), at any of the times `due_s` (S, n): (S,) [m]."""
+    axes = track.pose_world_policy[:, :3, 3].T
+    moved_m = [np.interp(due_s, track.time_s, axis) - np.interp(anchor_s, track.time_s, axis)[:, None] for axis in axes]
+    return np.sqrt(np.sum(np.square(moved_m), axis=0)).max(axis=1, initial=0.0)

@@ -7,29 +7,28 @@ code (thu-ml/RDT2) adds to them: videos, `timestamp`, `gripper_width_mask`. robo
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 
+from rdt2_data.converters.damage import damage_named
 from rdt2_data.converters.options import Latencies
 from rdt2_data.converters.recording import CameraTrack, EpisodeRef, Frames, PoseTrack, Recording, WidthTrack
+from rdt2_data.converters.replay_buffer import ReplayBuffer, ZarrFrames
 from rdt2_data.converters.source_files import files_below, files_fingerprint
 from rdt2_data.problems import SampleError
 from rdt2_jax.actions.layout import ArmName
 from rdt2_jax.actions.poses import pose6_to_matrix
 from rdt2_jax.config import FrozenConfig
-from rdt2_jax.errors import DataError, missing_extra
+from rdt2_jax.errors import DataError
 
 _ARM_NUMBER: dict[ArmName, int] = {"right": 0, "left": 1}
 _CAMERA_NUMBER = {"right_wrist": 0, "left_wrist": 1}
-_DECODING = (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error)
-"""What zarr and its codecs raise for a chunk that is damaged."""
+_TIME = "data/timestamp"
 
 VIDEOS_FILE = "videos.json"
 
@@ -38,92 +37,17 @@ class UmiZarrOptions(FrozenConfig):
     """What a replay buffer does not say itself.
 
     Attributes:
-        fps: rate of the rows [Hz], where there is no `data/timestamp`.
+        fps: rate of the rows [Hz]; needed where there is no `data/timestamp`, refused where there is one.
         instruction: sentence of all episodes.
         instructions: JSON file with an entry for each episode: a sentence, `[[start in s, sentence], ...]`, or null.
         videos: JSON file that lists the videos, as in the published datasets; None takes `videos.json` beside the
             source if it is there.
     """
 
-    fps: Annotated[float, pydantic.Field(gt=0)] = 30.0
+    fps: Annotated[float, pydantic.Field(gt=0)] | None = None
     instruction: Annotated[str, pydantic.Field(pattern=r"\S")] | None = None
     instructions: Path | None = None
     videos: Path | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ZarrFrames:
-    """Images in an array (T, rows, columns, 3) of a replay buffer; implements `Frames`.
-
-    Attributes:
-        buffer: the open replay buffer.
-        name: of the array.
-        first: row of the episode's first image.
-    """
-
-    buffer: ReplayBuffer
-    name: str
-    first: int
-
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """See `Frames.read`."""
-        array = self.buffer.array(self.name)
-        for index in indices:
-            row = self.first + index
-            try:
-                image = np.asarray(array[row])
-            except _DECODING as error:
-                where, found = f"{self.buffer.path}, {self.name}, row {row}", f"{type(error).__name__}: {error}"
-                raise SampleError("corrupt-jpeg", where=where, found=found) from error
-            yield image
-
-
-class ReplayBuffer:
-    """The arrays of a replay buffer, opened when they are needed and once in each process.
-
-    Args:
-        path: `.zarr.zip` file, or folder.
-
-    Raises:
-        DataError: when it is opened, for what is missing or no zarr.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._group: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_group": None}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._open()
-
-    def array(self, name: str) -> Any:
-        """An array, which is read where it is indexed."""
-        if name not in self:
-            raise DataError("the replay buffer lacks an array", where=self.path, expected=name)
-        return self._open()[name]
-
-    def rows(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Rows of an array as float64 (stop - start, *shape).
-
-        Raises:
-            SampleError: another shape, or a chunk that cannot be decoded.
-        """
-        where = f"{self.path}, {name}"
-        array = self.array(name)
-        if array.shape[1:] != shape:
-            raise SampleError("wrong-shape", where=where, expected=f"(rows, {shape})", found=array.shape)
-        try:
-            return np.asarray(array[start:stop]).astype(np.float64)
-        except _DECODING as error:
-            found = f"{type(error).__name__}: {error}"
-            raise SampleError("bad-recording", where=f"{where}, rows {start} to {stop}", found=found) from error
-
-    def _open(self) -> Any:
-        if self._group is None:
-            self._group = _open_group(self.path)
-        return self._group
 
 
 class UmiZarrReader:
@@ -135,7 +59,8 @@ class UmiZarrReader:
         latencies: taken off the time of each row.
 
     Raises:
-        DataError: files that are missing or of another format, or no instruction.
+        DataError: files that are missing or of another format, or no instruction; from its methods also a buffer whose
+            rows have no time, or two.
     """
 
     def __init__(self, source: str | Path, options: UmiZarrOptions, latencies: Latencies | None = None) -> None:
@@ -156,6 +81,9 @@ class UmiZarrReader:
         self._ends: np.ndarray | None = None
         self._lists: dict[Path, list[Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lists": {}}  # long lists are read again faster than they are sent
+
     def episodes(self) -> list[EpisodeRef]:
         """See `RecordingReader.episodes`."""
         ends = self._episode_ends()
@@ -173,9 +101,9 @@ class UmiZarrReader:
         poses, widths = {}, {}
         valid = self._valid(start, stop)
         for arm, number in _ARM_NUMBER.items():
-            position = self.buffer.rows(f"data/robot{number}_eef_pos", start, stop, (3,))
-            rotvec = self.buffer.rows(f"data/robot{number}_eef_rot_axis_angle", start, stop, (3,))
-            width = self.buffer.rows(f"data/robot{number}_gripper_width", start, stop, (1,))[:, 0]
+            position = self.buffer.numbers(f"data/robot{number}_eef_pos", start, stop, (3,))
+            rotvec = self.buffer.numbers(f"data/robot{number}_eef_rot_axis_angle", start, stop, (3,))
+            width = self.buffer.numbers(f"data/robot{number}_gripper_width", start, stop, (1,))[:, 0]
             pose = pose6_to_matrix(np.concatenate([position, rotvec], axis=1))
             poses[arm] = PoseTrack(time_s - self.latencies.pose_s, pose)
             widths[arm] = WidthTrack(time_s - self.latencies.gripper_s, width, valid[:, number])
@@ -183,35 +111,62 @@ class UmiZarrReader:
             camera: CameraTrack(time_s - self.latencies.camera_s, self._frames(number, episode, start, stop))
             for camera, number in _CAMERA_NUMBER.items()
         }
-        return Recording(episode.name, poses, widths, cameras, self._instructions(episode, float(time_s[0])))
+        seen_s = float(cameras["right_wrist"].time_s[0])
+        return Recording(episode.name, poses, widths, cameras, self._instructions(episode, seen_s))
 
     def fingerprint(self) -> str:
         """See `RecordingReader.fingerprint`."""
         files = [self.source] if self.source.is_file() else files_below(self.source)
-        # Where the lists lie does not matter, what is in them does.
-        settings = self.options.model_copy(update={"instructions": None, "videos": None})
-        lists = [path for path in (self.options.instructions, self.videos) if path is not None]
-        parts = [files_fingerprint(path, [path]) for path in lists if path.is_file()]
-        return "-".join([files_fingerprint(self.source, files, settings, self.latencies), *parts])
+        parts = [files_fingerprint(self.source, files)]
+        if self.options.instructions is not None:
+            parts.append(files_fingerprint(self.options.instructions, [self.options.instructions]))
+        if self.videos is not None and not all(name in self.buffer for name in _image_arrays()):
+            listed = [entry for entry in self._list(self.videos) if isinstance(entry, dict)]
+            paths = [path for entry in listed for path in entry.values() if isinstance(path, str)]
+            parts.append(files_fingerprint(self.videos.parent, [self.videos, *map(self._beside_list, paths)]))
+        return "-".join(parts)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything apart from files that decides what comes out; for files see `fingerprint`."""
+        options = self.options.model_dump(mode="json", exclude={"instructions", "videos"})
+        return {"options": options, "latencies": self.latencies.model_dump(mode="json")}
 
     # ------------------------------------------------------------------------------------------ parts
 
     def _episode_ends(self) -> np.ndarray:
         if self._ends is None:
-            ends = np.asarray(self.buffer.array("meta/episode_ends")[:])
+            name = "meta/episode_ends"
+            shape = self.buffer.array(name).shape
+            ends = self.buffer.rows(name, 0, shape[0]) if len(shape) == 1 and shape[0] else np.empty(0, int)
             rows = self.buffer.array("data/robot0_eef_pos").shape[0]
-            increasing = ends.ndim == 1 and len(ends) > 0 and (np.diff(ends, prepend=0) > 0).all()
+            increasing = len(ends) > 0 and (np.diff(ends, prepend=0) > 0).all()
             if not increasing or ends[-1] > rows:
                 where, expected = f"{self.source}, meta/episode_ends", f"numbers that increase, up to {rows} rows"
                 raise DataError(
                     "the ends of the episodes do not fit the data", where=where, expected=expected, found=ends
                 )
+            self._check_time()
             self._ends = ends
         return self._ends
 
+    def _check_time(self) -> None:
+        """A rate is never guessed, and never used in place of times that were recorded."""
+        fps = self.options.fps
+        if _TIME in self.buffer:
+            if fps is not None:
+                what, fix = "the replay buffer has timestamps of its own", "leave --fps away"
+                raise DataError(what, where=self.source, expected="no rate", found=f"--fps {fps:g}", fix=fix)
+        elif fps is None:
+            raise DataError(
+                "the replay buffer does not say when its rows were recorded",
+                where=self.source,
+                expected=f"{_TIME}, or the rate of the rows",
+                fix="give --fps; public UMI buffers hold every frame of their videos, 59.94 in a second",
+            )
+
     def _time_s(self, start: int, stop: int) -> np.ndarray:
-        if "data/timestamp" in self.buffer:
-            return self.buffer.rows("data/timestamp", start, stop, ())
+        if self.options.fps is None:
+            return self.buffer.numbers(_TIME, start, stop, ())
         return np.arange(stop - start) / self.options.fps
 
     def _valid(self, start: int, stop: int) -> np.ndarray:
@@ -220,13 +175,16 @@ class UmiZarrReader:
         if name not in self.buffer:
             return np.ones((stop - start, 2), bool)
         columns = self.buffer.array(name).shape[1:]
-        mask = self.buffer.rows(name, start, stop, (2,) if columns == (2,) else ()) > 0
+        mask = self.buffer.numbers(name, start, stop, (2,) if columns == (2,) else ()) > 0
         return mask if mask.ndim == 2 else np.stack([mask, mask], axis=1)
 
     def _frames(self, number: int, episode: EpisodeRef, start: int, stop: int) -> Frames:
-        name = f"data/camera{number}_rgb"
+        name = _image_arrays()[number]
         if name in self.buffer:
-            return ZarrFrames(self.buffer, name, start)
+            if self.buffer.array(name).shape[0] < stop:
+                where, expected = f"{self.source}, {name}", f"at least {stop} images"
+                raise SampleError("wrong-shape", where=where, expected=expected, found=self.buffer.array(name).shape)
+            return ZarrFrames(self.buffer, name, start, stop - start)
         if self.videos is None:
             expected = f"{name}, or videos and {VIDEOS_FILE} that lists them"
             raise DataError(
@@ -240,20 +198,24 @@ class UmiZarrReader:
         listed = self._list(videos)
         number = episode.index
         if "meta/episode_video_id" in self.buffer:
-            number = int(self.buffer.array("meta/episode_video_id")[episode.index])
+            number = int(self.buffer.rows("meta/episode_video_id", episode.index, episode.index + 1)[0])
         entry = listed[number] if 0 <= number < len(listed) else None
         if not isinstance(entry, dict) or not isinstance(entry.get(camera), str):
             where = f"{videos}, entry {number}, of {episode.name}"
             raise SampleError("bad-recording", where=where, expected=f"a path under {camera!r}", found=entry)
-        path = videos.parent / entry[camera]
+        path = self._beside_list(entry[camera])
         first_s, frame_s = _video_times(path)
         frame = np.arange(stop - start, dtype=np.float64)
         if "data/rgb" in self.buffer:
-            frame = self.buffer.rows("data/rgb", start, stop, ())
+            frame = self.buffer.numbers("data/rgb", start, stop, ())
         return VideoFrames(path, first_s + frame * frame_s, frame_s / 2)
 
+    def _beside_list(self, name: str) -> Path:
+        """A file named in the list of videos."""
+        return (self.videos or self.source).parent / name
+
     def _instructions(self, episode: EpisodeRef, start_s: float) -> list[tuple[float, str]]:
-        """The file's times count from the episode's first row."""
+        """The file's times count from the episode's first image, whenever that was taken."""
         path = self.options.instructions
         if path is None:
             return [(start_s, self.options.instruction or "")]  # never blank: one of the two was demanded
@@ -261,8 +223,8 @@ class UmiZarrReader:
         where = f"{path}, entry {episode.index}"
         pairs = [[0.0, entry]] if isinstance(entry, str) else entry
         fits = isinstance(pairs, list) and pairs and all(_is_told(pair) for pair in pairs)
-        if not fits:
-            expected = "a sentence, or [[start in s, sentence], ...]"
+        if not fits or any(after[0] <= before[0] for before, after in pairwise(pairs)):
+            expected = "a sentence, or [[start in s, sentence], ...] with rising times"
             raise SampleError("unknown-instruction", where=where, expected=expected, found=json.dumps(entry)[:80])
         return [(start_s + float(time_s), sentence) for time_s, sentence in pairs]
 
@@ -285,29 +247,15 @@ def _is_told(pair: Any) -> bool:
         isinstance(pair, list)
         and len(pair) == 2
         and isinstance(pair[0], (int, float))
+        and math.isfinite(pair[0])
         and isinstance(pair[1], str)
         and bool(pair[1].strip())
     )
 
 
-def _open_group(path: Path) -> Any:
-    try:
-        import zarr
-        from zarr.errors import GroupNotFoundError
-        from zarr.storage import ZipStore
-    except ModuleNotFoundError as error:
-        raise missing_extra("zarr", "convert", "reading UMI replay buffers") from error
-    try:
-        from imagecodecs.numcodecs import register_codecs
-    except ModuleNotFoundError as error:
-        raise missing_extra("imagecodecs", "convert", "reading UMI replay buffers") from error
-    register_codecs(verbose=False)
-    try:
-        store = ZipStore(path, mode="r") if path.is_file() else path
-        return zarr.open_group(store, mode="r", zarr_format=2)
-    except (*_DECODING, GroupNotFoundError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise DataError("not a replay buffer", where=path, expected="zarr of version 2", found=found) from error
+def _image_arrays() -> tuple[str, str]:
+    """By number of the camera."""
+    return "data/camera0_rgb", "data/camera1_rgb"
 
 
 def _video_times(path: Path) -> tuple[float, float]:
@@ -315,13 +263,10 @@ def _video_times(path: Path) -> tuple[float, float]:
     import av
     from av.error import FFmpegError
 
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate, base = stream.average_rate, stream.time_base
-            if not rate or not base:
-                raise ValueError("no frame rate")
-            return float((stream.start_time or 0) * base), float(1 / rate)
-    except (FFmpegError, OSError, ValueError, IndexError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise SampleError("bad-recording", what="the video cannot be read", where=path, found=found) from error
+    damage = damage_named("the video cannot be read", path, FFmpegError, OSError, ValueError, IndexError)
+    with damage, av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate, base = stream.average_rate, stream.time_base
+        if not rate or not base:
+            raise ValueError("no frame rate")
+        return float((stream.start_time or 0) * base), float(1 / rate)

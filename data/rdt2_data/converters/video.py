@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rdt2_data.converters.damage import damage_named
+from rdt2_data.converters.frames import OrderedFrames, image_or_problem
 from rdt2_data.problems import SampleError
-from rdt2_jax.errors import DataError
 
 _FIRST_STEP_BACK_S = 1.0
 """When a seek lands behind its target (the index holds decoding times, which precede those of presentation)."""
@@ -24,8 +25,8 @@ _ROUNDING_S = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class VideoFrames:
-    """Frames of one video file, found by their time; implements `rdt2_data.converters.recording.Frames`.
+class VideoFrames(OrderedFrames):
+    """Frames of one video file, found by their time.
 
     Times are those of presentation as the container gives them: frames that the encoder stored in another order
     (B-frames) come in the order in which they are shown.
@@ -41,43 +42,31 @@ class VideoFrames:
     time_s: np.ndarray
     tolerance_s: float
 
-    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields uint8 RGB images (height, width, 3) for strictly increasing indices.
+    def _count(self) -> int:
+        return len(self.time_s)
 
-        Raises:
-            SampleError: "bad-recording", for a file that cannot be decoded, or holds no frame at a time.
-            DataError: indices that do not increase, or are outside of 0 to N - 1.
-        """
-        require_increasing_indices(indices, len(self.time_s), str(self.path))
-        return self._read(indices)
+    def _where(self) -> str:
+        return str(self.path)
 
-    def _read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        if not len(indices):
-            return
+    def _read(self, indices: list[int]) -> Iterator[np.ndarray | SampleError]:
         with _opened(self.path) as (container, stream):
             cursor = _Cursor(self.path, container, stream)
             for index in indices:
-                wanted_s = float(self.time_s[index])
-                found_s, frame = cursor.nearest(wanted_s)
-                if abs(found_s - wanted_s) > self.tolerance_s:
-                    raise SampleError(
-                        "bad-recording",
-                        what="the video has no frame at this time",
-                        where=f"{self.path}, image {index}",
-                        expected=f"a frame within {self.tolerance_s:.4g} s of {wanted_s:.6f} s",
-                        found=f"the nearest at {found_s:.6f} s",
-                    )
-                with _errors_named(self.path):
-                    image = frame.to_ndarray(format="rgb24")
-                yield image
+                yield image_or_problem(self._image, cursor, index)
 
-
-def require_increasing_indices(indices: Sequence[int], count: int, where: str) -> None:
-    """Raises DataError unless indices lie in [0, count) and strictly increase."""
-    array = np.asarray(indices, np.int64)
-    if array.size and (array.min() < 0 or array.max() >= count or (np.diff(array) <= 0).any()):
-        expected = f"indices that increase, from 0 to {count - 1}"
-        raise DataError("images cannot be read in this order", where=where, expected=expected, found=array.tolist())
+    def _image(self, cursor: _Cursor, index: int) -> np.ndarray:
+        wanted_s = float(self.time_s[index])
+        found_s, frame = cursor.nearest(wanted_s)
+        if abs(found_s - wanted_s) > self.tolerance_s:
+            raise SampleError(
+                "bad-recording",
+                what="the video has no frame at this time",
+                where=f"{self.path}, image {index}",
+                expected=f"a frame within {self.tolerance_s:.4g} s of {wanted_s:.6f} s",
+                found=f"the nearest at {found_s:.6f} s",
+            )
+        with _errors_named(self.path):
+            return frame.to_ndarray(format="rgb24")
 
 
 class _Cursor:
@@ -93,6 +82,14 @@ class _Cursor:
 
     def nearest(self, wanted_s: float) -> tuple[float, Any]:
         """The frame nearest to a time that is not before the one asked for last."""
+        try:
+            return self._nearest(wanted_s)
+        except SampleError:
+            # The decoder is not where it was: the next frame is looked for anew.
+            self.current, self.following, self.decoded = None, None, iter(())
+            raise
+
+    def _nearest(self, wanted_s: float) -> tuple[float, Any]:
         current, following = self.current, self.following
         if current is None or self._keyframe_between(current if following is None else following, wanted_s):
             current, following = self._seek(wanted_s)
@@ -162,13 +159,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-@contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _errors_named(path: Path) -> AbstractContextManager[None]:
     """Errors of the video library as a SampleError that names the file."""
-    import av.error
+    from av.error import FFmpegError
 
-    try:
-        yield
-    except (av.error.FFmpegError, OSError, EOFError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise SampleError("bad-recording", what="the video cannot be decoded", where=path, found=found) from error
+    return damage_named("the video cannot be decoded", path, FFmpegError, OSError, EOFError)

@@ -21,6 +21,7 @@ from rdt2_data.samples import (
     read_action,
     read_action_token,
     read_conversation,
+    read_gripper_valid,
     read_meta,
     read_state,
 )
@@ -38,6 +39,7 @@ class Batch:
         image: uint8 (B, 384, 768, 3), RGB: left wrist | right wrist, or a question's image, letterboxed.
         action: float32 (B, 24, 20), relative chunks in physical units; zeros for questions.
         action_token: int32 (B, 27); -1 where a gripper was not measured or the sample has no tokens.
+        gripper_valid: bool (B, 2), right then left: whether the widths of `action` were measured.
         state: float32 (B, 20); zeros where the sample has none.
         is_action: bool (B,), False for questions.
         has_tokens: bool (B,), whether the sample carried its tokens.
@@ -52,6 +54,7 @@ class Batch:
     image: np.ndarray
     action: np.ndarray
     action_token: np.ndarray
+    gripper_valid: np.ndarray
     state: np.ndarray
     is_action: np.ndarray
     has_tokens: np.ndarray
@@ -82,6 +85,7 @@ class BatchBuilder:
             "image": np.empty((size, *COMPOSITE_SHAPE), np.uint8),
             "action": np.zeros((size, CHUNK_LENGTH, ACTION_DIM), np.float32),
             "action_token": np.full((size, TOKENS_PER_CHUNK), -1, np.int32),
+            "gripper_valid": np.ones((size, 2), bool),
             "state": np.zeros((size, STATE_DIM), np.float32),
             "is_action": np.ones(size, bool),
             "has_tokens": np.zeros(size, bool),
@@ -103,7 +107,9 @@ class BatchBuilder:
             arrays["image"][row] = letterbox(decode_image(raw), COMPOSITE_SHAPE)
             arrays["is_action"][row] = False
         else:
-            self._texts[row] = instructions.text(read_meta(raw)[INSTRUCTION_KEY], raw.where)
+            meta = read_meta(raw)
+            self._texts[row] = instructions.text(meta[INSTRUCTION_KEY], raw.where)
+            arrays["gripper_valid"][row] = read_gripper_valid(meta, raw.where)
             arrays["action"][row] = read_action(raw)
             token, state = read_action_token(raw), read_state(raw)
             arrays["action_token"][row] = -1 if token is None else token

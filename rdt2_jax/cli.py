@@ -43,6 +43,7 @@ _EXTRA_OF_LIBRARY = {
     "ray": "ray",
     "rerun": "view",
     "optax": "train",
+    "tensorboardX": "train",
     "matplotlib": "train",
     "mujoco": "sim",
     "dm_control": "sim",

@@ -138,17 +138,20 @@ def prepare(
     batch = condition.valid.shape[0]
     _require_condition(config, condition, state)
     embedded = _embed_times(params, times.astype(jnp.float32), compute)
-    described = _mlp(params.state_adaptor, state.astype(compute.dtype)) + params.state_position.astype(compute.dtype)
+    described = _adapt(params.state_adaptor, state, compute) + params.state_position.astype(compute.dtype)
     shape = (times.shape[0], batch, config.hidden_size)
     both = jnp.concatenate([jnp.broadcast_to(embedded, shape), jnp.broadcast_to(described, shape)], axis=-1)
     driver = compute.constrain(jax.nn.silu(both), None, "batch", None)
 
     def body(_: None, layer: ExpertLayer, __: Any) -> tuple[None, jax.Array]:
-        return None, linear(layer.modulation, driver)
+        return None, compute.constrain(linear(layer.modulation, driver), None, "batch", None, None, None)
 
+    # Laid out by rows, like what they modulate. Left to itself, XLA lays them out by columns; over three axes with one
+    # row a device it then exchanges rows for columns wrongly (seen with jax 0.10 and 0.12 on CPUs).
     _, modulations = over_layers(body, None, params.layers, compute)
+    head = compute.constrain(linear(params.head.modulation, driver), None, "batch", None, None)
     keys_values = _one_per_layer(params, condition.keys_values, compute)
-    return Prepared(Condition(keys_values, condition.valid), modulations, linear(params.head.modulation, driver))
+    return Prepared(Condition(keys_values, condition.valid), modulations, head)
 
 
 def modulations_at(prepared: Prepared, index: Any) -> tuple[Any, jax.Array]:
@@ -176,7 +179,7 @@ def prepared_velocity(
     """
     per_layer, head = modulations
     _require_chunks(config, condition.valid.shape[0], x)
-    tokens = _mlp(params.action_adaptor, x.astype(compute.dtype))
+    tokens = _adapt(params.action_adaptor, x, compute)
     registers = jnp.broadcast_to(params.registers.astype(compute.dtype), (x.shape[0], *params.registers.shape))
     hidden = jnp.concatenate([tokens, registers], axis=1).astype(jnp.float32) + params.positions.astype(jnp.float32)
     hidden = compute.constrain(hidden, "batch", None, None)
@@ -262,6 +265,15 @@ def _mlp(layers: tuple[Linear, ...], x: jax.Array) -> jax.Array:
     for layer in layers[:-1]:
         x = jax.nn.silu(linear(layer, x))
     return linear(layers[-1], x)
+
+
+def _adapt(layers: tuple[Linear, ...], x: jax.Array, compute: Compute) -> jax.Array:
+    """`_mlp` of (B, ..., inputs), everything in it laid out by rows: see `prepare` for what XLA does otherwise."""
+    x = x.astype(compute.dtype)
+    for i, layer in enumerate(layers):
+        x = compute.constrain(linear(layer, x), "batch", *[None] * (x.ndim - 1))
+        x = x if i == len(layers) - 1 else jax.nn.silu(x)
+    return x
 
 
 def _embed_times(params: ActionExpertParams, times: jax.Array, compute: Compute) -> jax.Array:

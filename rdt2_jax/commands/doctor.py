@@ -31,7 +31,7 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("reading and writing training shards", ("fsspec", "grain", "simplejpeg")),
     "convert": ("recordings of other projects to shards", ("av", "imagecodecs", "pyarrow", "rosbags", "zarr")),
     "ray": ("conversions on a Ray cluster", ("ray",)),
-    "train": ("training on a device mesh, plots", ("optax", "matplotlib")),
+    "train": ("training on a device mesh, plots", ("optax", "matplotlib", "tensorboardX")),
     "sim": ("MuJoCo twins of the robots", ("mujoco", "dm-control")),
     "ur5e": ("driving UR5e arms and the ZhiXing gripper", ("ur-rtde", "minimalmodbus")),
     "fr3": ("driving Franka FR3 arms", ("franky-control", "minimalmodbus")),

@@ -70,6 +70,33 @@ def test_sharded_equals_unsharded(
         )
 
 
+def test_one_row_on_each_device(golden_expert: LoadedExpert, batch: dict[str, Any], eight_devices: list[Any]) -> None:
+    """Over data and fsdp together, beside tensor: where modulations were left to XLA, the velocity was another."""
+    config, params = golden_expert.config, golden_expert.params
+    layout = Layout(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, eight_devices))
+    half = jax.tree.map(lambda x: x[:4], {name: value for name, value in batch.items() if name != "condition"})
+    condition = batch["condition"]
+    read = model.Condition(jax.tree.map(lambda x: x[:, :4], condition.keys_values), condition.valid[:4])
+    rows, (shardings, _) = batch_sharding(layout.mesh, layout.rules), layout.shardings(model.param_specs(config))
+
+    def run(compute: Compute) -> Any:
+        def loss(p: Any, b: Any) -> Any:
+            found = model.velocity(p, config, b["noise"], b["t"], read, b["state"], compute)
+            return jnp.mean(jnp.square(found - b["actions"])), found
+
+        return jax.jit(jax.grad(loss, has_aux=True))
+
+    placed = {name: jax.device_put(value, rows) for name, value in half.items()}
+    gradients, velocity = run(Compute())(params, half)
+    found_gradients, found = run(Compute(layout=layout))(jax.device_put(params, shardings), placed)
+    np.testing.assert_allclose(found, velocity, atol=2e-5)
+    for name, gradient in named_leaves(gradients).items():
+        scale = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(
+            named_leaves(found_gradients)[name], gradient, atol=2e-5 * scale + 1e-9, err_msg=name
+        )
+
+
 def test_published_size_over_meshes(eight_devices: list[Any]) -> None:
     """Nothing of the published expert is replicated but small things, up to as many devices as it has key heads."""
     specs = model.param_specs(preset("rdt2"))

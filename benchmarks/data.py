@@ -26,6 +26,11 @@ from rich.table import Table
 from rdt2_jax.progress import progress_bar
 
 GOAL_OVER_PEER, GOAL_OVER_BARE, GOAL_MB = 1.5, 0.75, 400
+GOAL_INDEX_GROWTH = 1.5
+"""Time to index a sample in the largest dataset over that in the smallest: 1 where it is linear."""
+
+GOAL_MB_GROWTH = 40
+"""Memory of a dataset of ten times as many shards may be larger by so much."""
 
 Loader = Callable[[], Iterator[Any]]
 
@@ -145,7 +150,10 @@ def memory(folder: Path, shards: int, batches: int) -> dict[str, Any]:
 
 def failed(report: dict[str, Any]) -> list[str]:
     """What falls short of the goals, a line each."""
+    index, memory = report["index"], report["memory"]
     checks = [
+        (index[-1]["us_per_sample"] / index[0]["us_per_sample"], "<=", GOAL_INDEX_GROWTH, "indexing time, growth"),
+        (memory[-1]["peak_mb"] - memory[0]["peak_mb"], "<=", GOAL_MB_GROWTH, "MB more for ten times the shards"),
         (report["ours_over_best_peer"], ">=", GOAL_OVER_PEER, "samples/s over the best peer's"),
         (report["ours_over_decode_and_collate"], ">=", GOAL_OVER_BARE, "samples/s over decode and collate alone"),
         (report["memory"][-1]["peak_mb"], "<=", GOAL_MB, "MB of memory"),

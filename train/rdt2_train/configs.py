@@ -92,7 +92,7 @@ class DataConfig(FrozenConfig):
 
     dataset: str
     held_out: str | None = None
-    text_length: PositiveInt = 448
+    text_length: PositiveInt = 480
     max_supervised: PositiveInt = 64
     augment: AugmentConfig | None = None
     threads: PositiveInt = 4

@@ -38,10 +38,11 @@ from rdt2_jax.checkpoints import Checkpoints
 from rdt2_jax.config import FrozenConfig, PositiveInt, dump_config
 from rdt2_jax.errors import ConfigError, DataError
 from rdt2_jax.io.arrays import read_array
-from rdt2_jax.io.files import atomic_directory, atomic_write
+from rdt2_jax.io.files import atomic_directory
 from rdt2_jax.params import initialize
 from rdt2_jax.progress import progress_bar
 from rdt2_jax.sharding import batch_sharding, make_mesh, replicated
+from rdt2_train.claim import claim
 
 
 class SyntheticActions(FrozenConfig):
@@ -123,7 +124,7 @@ def train_tokenizer(config: TokenizerTrainingConfig, out: Path) -> TokenizerRepo
     normalizer = LinearNormalizer.fit_actions(train)
     trainer = _Trainer(config, normalizer.normalize(train))
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, config)
+    claim(out, config)
     with Checkpoints(out / "state", keep_last=2) as checkpoints:
         state = trainer.restore_or_init(checkpoints)
         state = trainer.run(state, checkpoints, out / "log.jsonl")
@@ -271,28 +272,4 @@ def _stop_on_nan(losses: Mapping[str, float], step: int) -> None:
             where=f"step {step}",
             found=", ".join(bad),
             fix="lower learning_rate; the last checkpoint before this step is intact",
-        )
-
-
-def _claim(out: Path, config: TokenizerTrainingConfig) -> None:
-    """Keeps one run per folder: writes the configuration, or compares it with the one that is there."""
-    path = out / "training.json"
-    if not path.exists():
-        with atomic_write(path) as file:
-            file.write(dump_config(config).encode())
-        return
-    ours = config.model_dump(mode="json")
-    try:
-        theirs = dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ConfigError(
-            "the configuration of this run is damaged", where=path, found=str(error), fix="choose another folder"
-        ) from error
-    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if different:
-        raise ConfigError(
-            "this folder holds a run of another configuration",
-            where=path,
-            found=f"different: {', '.join(different)}",
-            fix="choose another folder, or give the configuration that the run was started with",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import gc
 import hashlib
 import os
 import sys
@@ -45,6 +47,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+_LARGE_BYTES = 3 * 2**30
+"""Two processes of this size, and what one file of tests adds, fit a machine of 16 GB."""
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # Derandomized, so that a failure is the same failure on every machine; no deadline, because machines differ.
@@ -72,6 +77,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     with open(_CACHE / "eight_devices.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Between files, a process that has grown large forgets what it compiled: what is kept on disk brings it back."""
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None and _resident_bytes() > _LARGE_BYTES:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
 
 
 @pytest.fixture(scope="session")

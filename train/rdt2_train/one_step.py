@@ -14,7 +14,7 @@ from flax import struct
 from rdt2_data.augment.config import AugmentConfig
 from rdt2_data.dataset_config import load_dataset
 
-from rdt2_jax.action_expert import distill, ema
+from rdt2_jax.action_expert import distill
 from rdt2_jax.action_expert.config import ActionExpertConfig
 from rdt2_jax.action_expert.distill import DistillConfig
 from rdt2_jax.action_expert.model import ActionExpertParams
@@ -126,7 +126,7 @@ def one_step_task(
         return Outcome(Sum(mean * weight, weight), {"mean_square_difference": Sum(squares * weight, weight)})
 
     def follow(student: Any, target: Any) -> Any:
-        return ema.update(target, student, None, chosen.target_decay)
+        return distill.after_step(distill.DistillState(student, target), chosen).target
 
     return Task("one_step", specs, loss, specs if consistent else None, follow if consistent else None)
 

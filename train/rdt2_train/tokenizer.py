@@ -123,7 +123,6 @@ def train_tokenizer(config: TokenizerTrainingConfig, out: Path) -> TokenizerRepo
         )
     normalizer = LinearNormalizer.fit_actions(train)
     trainer = _Trainer(config, normalizer.normalize(train))
-    out.mkdir(parents=True, exist_ok=True)
     claim(out, config)
     with Checkpoints(out / "state", keep_last=2) as checkpoints:
         state = trainer.restore_or_init(checkpoints)
